@@ -1,0 +1,114 @@
+"""What a client asked, already read: the one noun that travels inward through the pipeline.
+
+Everything here is frozen; a middleware passes facts inward with `dataclasses.replace(call, ...)`.
+The one rule: a named field is something that floors 1 and 2 read. What belongs to one middleware (its request options, its
+findings) lives in `extensions`, keyed by its own class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+Json = dict[str, Any]
+Kind = Literal["chat", "completions", "embeddings"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """One row of `providers:` in config.yaml: an upstream API and how to speak to it.
+
+    name: the row's key, the first segment of `provider/model`.
+    api: the wire format, a key of `proxy.wire.WIRES`.
+    base_url: without a trailing slash; `{model}` in it is replaced by the percent-encoded model (Azure's deployment path).
+    api_key: None where the provider takes none. key_header: None is the wire's own default header.
+    missing: the environment variable whose absence disables this row; calls get a 503 that names it.
+    query: added to every URL (`api-version`). headers: added to every request.
+    usage: how the upstream is asked for usage in a stream: `stream_options` (OpenAI's), `always` (it comes unasked), `none`.
+    reasoning: under which name this vendor takes an assistant's earlier reasoning back; `none` strips it.
+    completions: globs of the models that take text completions natively; all others are asked through chat.
+    default_max_tokens: sent where the API requires a bound and the client gave none.
+    models: model names listed on `/v1/models`.
+    """
+
+    name: str
+    api: str
+    base_url: str
+    api_key: str | None = field(default=None, repr=False)
+    key_header: str | None = None
+    missing: str | None = None
+    query: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    usage: Literal["stream_options", "always", "none"] = "stream_options"
+    reasoning: Literal["reasoning_content", "reasoning", "reasoning_details", "thinking_parts", "none"] = "none"
+    completions: tuple[str, ...] = ()
+    default_max_tokens: int = 4096
+    models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One provider and one of its models: what an attempt is made at."""
+
+    provider: Provider
+    model: str
+
+    def __str__(self) -> str:
+        return f"{self.provider.name}/{self.model}"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long an upstream may be silent, in seconds; None is no limit.
+
+    connect: until the connection stands. idle: between two batches of content, while a read is pending.
+    """
+
+    connect: float | None = None
+    idle: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the gateway itself reads from a request, beside the options of middleware.
+
+    include_usage: the client asked for usage in the stream. usage_on_finish: on the chunk with the finish reason.
+    strict_params: refuse, rather than drop, a parameter that the target's format cannot carry.
+    """
+
+    include_usage: bool = False
+    usage_on_finish: bool = False
+    strict_params: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request of a client.
+
+    id: the request id, shown to the client. nonce: unique even where a client repeats its request id; minted ids derive from it.
+    created: Unix seconds at which the request was read.
+    request: the JSON body without the gateway's own fields. model: as the client spelled it.
+    headers: the client's, whatever the case of their names. targets: where the model leads, in order. target: the one that the current attempt is made at.
+    """
+
+    id: str
+    nonce: str
+    created: int
+    kind: Kind
+    request: Json
+    model: str
+    stream: bool
+    options: Options = Options()
+    name: str | None = None
+    targets: tuple[Target, ...] = ()
+    target: Target | None = None
+    limits: Limits = Limits()
+    headers: Mapping[str, str] = field(default_factory=dict)
+    extensions: Mapping[type, object] = field(default_factory=dict)
+
+    def extension(self, key: type[T]) -> T | None:
+        """What the middleware that owns `key` left for itself, or None."""
+        found = self.extensions.get(key)
+        return found if isinstance(found, key) else None

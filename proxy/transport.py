@@ -1,0 +1,56 @@
+"""The seam between a wire format and a socket: what is to be sent, and what comes back while it is still coming.
+
+`proxy.upstream` implements it over HTTP, `proxy.demo` in the process; tests may script it. Every implementation raises only
+the errors of `proxy.errors`: foreign exceptions are mapped once, at the door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from proxy.call import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRequest:
+    """One HTTP POST to a provider, as its wire format encoded it.
+
+    url: complete, percent-encoded. body: JSON. dropped: names of request parameters that this format cannot carry.
+    """
+
+    url: str
+    headers: Mapping[str, str]
+    body: bytes
+    dropped: tuple[str, ...] = ()
+
+
+class UpstreamResponse(Protocol):
+    """A response whose head is in and whose body is still coming."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    async def read(self) -> bytes:
+        """The next bytes as they arrive; b"" at a clean HTTP end. Raises UpstreamCut where the end is not clean."""
+        ...
+
+    def done(self) -> None:
+        """The format's own end was seen: let the connection be reused if its HTTP end follows soon."""
+        ...
+
+    def close(self) -> None:
+        """Close the socket at once; a pending read ends. Idempotent."""
+        ...
+
+
+class Transport(Protocol):
+    """Sends requests; owns the sockets."""
+
+    async def send(self, request: UpstreamRequest, limits: Limits) -> UpstreamResponse:
+        """Returns when the response head is in. Raises UpstreamUnreachable, UpstreamCut, UpstreamTimeout, Malformed."""
+        ...

@@ -1,0 +1,207 @@
+"""Streams: chunks that are nearly right already.
+
+Strategy: three ways, from fast to thorough. A chunk that is byte for byte like an earlier one but for its text is not even parsed
+(`proxy.wire.openai.template`); one that carries just text is recognized by a few look-ups and only gets the stream's own id, created
+and model (`_plain`); every other goes the long way, part by part, through the quirks.
+The one rule: all ways give the same chunk, and no field that a vendor sends is lost: what stands beside an empty delta
+(Azure's filter results, citations, fingerprints) waits for the next chunk that leaves.
+
+Format: https://platform.openai.com/docs/api-reference/chat-streaming
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from proxy.call import Call, Target
+from proxy.chunks import ToolCall
+from proxy.decoder import SseDecoder
+from proxy.errors import Malformed, UpstreamCut
+from proxy.faults import error_words, in_band_error
+from proxy.reply import Item
+from proxy.wire.openai import quirks
+from proxy.wire.openai.template import Template
+
+Json = dict[str, Any]
+
+TOP_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "obfuscation", "p"})
+CHOICE_FIELDS = frozenset({"index", "delta", "message", "text", "finish_reason", "native_finish_reason", "usage", "logprobs"})
+DELTA_FIELDS = frozenset({"role", "content", "reasoning_content", "reasoning", "tool_calls", "index"})
+EMPTY: tuple[object, ...] = (None, "", [], {})
+
+
+class Decoder(SseDecoder):
+    """`chat.completion.chunk` and `text_completion` streams; ends at `[DONE]`, or at a clean HTTP end after the finish reasons."""
+
+    ends_at_eof = True
+
+    def __init__(self, call: Call, target: Target) -> None:
+        super().__init__(call, target)
+        self._open: set[int] = set()
+        self._native_ids: dict[ToolCall, str] = {}
+        self._unnamed: dict[tuple[int, object], tuple[str, str]] = {}
+        self._seen: Json = {}
+        self._template = Template()
+
+    def feed(self, data: bytes) -> list[Item]:
+        """As in SseDecoder; the loop is written out here because it runs once per token."""
+        if self.over():
+            return []
+        template, put_event = self._template, self.stream.put_event
+        for payload in self.framer.feed(data):
+            if (event := template.fill(payload)) is not None:
+                put_event(event)
+                continue
+            if payload == b"[DONE]":
+                self._done()
+                return self.stream.take()
+            try:
+                chunk = orjson.loads(payload)
+            except orjson.JSONDecodeError:
+                self._payload(payload)
+            else:
+                if type(payload) is bytes and type(chunk) is dict:
+                    if self._plain(chunk):
+                        template.learn(payload, chunk)
+                        continue
+                    self.guarded(chunk)
+                else:
+                    self._payload(payload)
+            if self.over():
+                return self.stream.take()
+        if self.framer.overflow:
+            self.fault = Malformed("The provider sent an event larger than the gateway accepts.")
+        return self.stream.take()
+
+    def _plain(self, chunk: Json) -> bool:
+        """A text delta of a choice that has begun, with nothing else to see to: stamp it and send it on as it is."""
+        choices = chunk.get("choices")
+        if type(choices) is not list or len(choices) != 1:
+            return False
+        choice = choices[0]
+        if type(choice) is not dict or choice.get("index") not in self._open or "message" in choice:
+            return False
+        delta = choice.get("delta")
+        if type(delta) is not dict or len(delta) != 1 or chunk.get("usage") is not None or "error" in chunk:
+            return False
+        text = delta.get("content")
+        if type(text) is not str or not text or choice.get("finish_reason") is not None or self.stream.extras:
+            return False
+        chunk.pop("usage", None)
+        choice["finish_reason"] = None
+        self.stream.stamp(chunk)
+        return True
+
+    def _payload(self, payload: bytes) -> None:
+        if payload.strip() == b"[DONE]":
+            self._done()
+        else:
+            super()._payload(payload)
+
+    def _done(self) -> None:
+        if self.stream.empty:
+            self.fault = UpstreamCut("The provider ended its stream without a reply.")
+        else:
+            self.end()
+
+    def end(self) -> None:
+        for (index, key), (id, text) in self._unnamed.items():
+            self.stream.open_tool(key, id, "", text, index)
+        super().end()
+
+    def event(self, chunk: Json) -> None:
+        """Any chunk, part by part."""
+        choices = chunk.get("choices")
+        if chunk.get("error") or chunk.get("object") == "error" or chunk.get("type") == "error":
+            raise in_band_error(error_words(chunk))
+        if found := quirks.usage_of(chunk):
+            self.stream.usage = quirks.usage(found)
+        if choices is None:
+            if not self._harmless(chunk):
+                raise Malformed("The provider sent an event without choices.")
+            choices = []
+        self.stream.identify(chunk.get("id"), chunk.get("created"))
+        annotations = self._beside_choices(chunk)
+        for position, choice in enumerate(choices):
+            self._choice(choice, choice.get("index", position), annotations)
+            annotations = []
+
+    def _harmless(self, chunk: Json) -> bool:
+        """Pings of gateways, and figures that some servers send on their own (usage, timings)."""
+        return not chunk or chunk.get("type") == "ping" or "usage" in chunk or chunk.get("object") == "chat.completion.chunk"
+
+    def _beside_choices(self, chunk: Json) -> list[Json]:
+        """Keep the top-level fields for the next chunk (a list only where it changed); citations also become annotations."""
+        annotations: list[Json] = []
+        for name, value in chunk.items():
+            if name in TOP_FIELDS or value is None or (isinstance(value, list | dict) and self._seen.get(name) == value):
+                continue
+            if name == "x_groq":
+                value = {key: inner for key, inner in value.items() if key != "usage"}
+            elif isinstance(value, list):
+                self._seen[name] = value
+                if name == "citations":
+                    annotations = quirks.annotations_of(chunk)
+            if value not in EMPTY:
+                self.stream.extras[name] = value
+        return annotations
+
+    def _choice(self, choice: Json, index: int, annotations: list[Json]) -> None:
+        delta = choice.get("delta")
+        if delta is None:
+            delta = {"content": choice["text"]} if "text" in choice else choice.get("message") or {}
+        found = self._delta(delta)
+        if annotations:
+            found["annotations"] = [*found.get("annotations", []), *annotations]
+        state = self.stream.choice(index)
+        state.extras.update({name: value for name, value in choice.items() if name not in CHOICE_FIELDS and value not in EMPTY})
+        logprobs = choice.get("logprobs")
+        if logprobs and any(logprobs.values()):
+            state.extras["logprobs"] = logprobs
+        if found:
+            self.stream.put(found, index)
+            self._open.add(index)
+        for call in delta.get("tool_calls") or ():
+            self._tool_call(call, index)
+        if native := choice.get("finish_reason"):
+            self.stream.finish(quirks.finish_reason(native), choice.get("native_finish_reason") or native, index)
+
+    def _delta(self, delta: Json) -> Json:
+        """A delta's text, reasoning and further fields, without the empty ones."""
+        text, thinking, other = quirks.split_content(delta.get("content"))
+        found: Json = {}
+        if text:
+            found["content"] = text
+        if reasoning := quirks.reasoning_of(delta) or thinking:
+            found["reasoning_content"] = reasoning
+        for name, value in delta.items():
+            if name not in DELTA_FIELDS and value not in EMPTY:
+                found[name] = value
+        if other:
+            found["provider_blocks"] = other
+        if "function_call" in found:
+            found["function_call"] = {name: value or "" for name, value in found["function_call"].items()}
+        return found
+
+    def _tool_call(self, call: Json, index: int) -> None:
+        function = call.get("function") or {}
+        id, name, key = str(call.get("id") or ""), function.get("name") or "", call.get("index")
+        text = quirks.arguments_text(function.get("arguments"))
+        choice = self.stream.choice(index)
+        self._open.add(index)
+        tool = quirks.same_call(choice, self._native_ids, key, id, name, text)
+        if tool is not None:
+            self._native_ids.setdefault(tool, id)
+            self.stream.tool_text(tool, quirks.new_text(tool, id, name, text), index)
+            return
+        if waiting := self._unnamed.pop((index, key), None):
+            id, text = id or waiting[0], waiting[1] + text
+        if not name:
+            self._unnamed[index, key] = (id, text)
+            return
+        tool = self.stream.open_tool(key, id, name, text, index)
+        if id:
+            self._native_ids[tool] = id
+
