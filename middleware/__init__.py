@@ -1,0 +1,20 @@
+"""Policy: whatever an operator may want to delete from config.yaml, one file per middleware.
+
+A middleware is a class with `async def __call__(self, call, next) -> Reply`; its constructor's keywords and their annotations are
+its part of config.yaml's schema. It knows `proxy.call`, `proxy.reply`, `proxy.errors`, `proxy.pipeline` and `proxy.units`, and no
+other middleware. docs/middleware.md shows how to write one.
+The one rule: deleting any one of these files, its line in the table below and its line in config.yaml leaves a working gateway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from middleware.timeout import Timeout
+from middleware.tracking import Tracking
+from proxy.pipeline import Middleware
+
+TABLE: Mapping[str, Callable[..., Middleware]] = {
+    "tracking": Tracking,
+    "timeout": Timeout,
+}

@@ -1,0 +1,128 @@
+"""The command line: serve, check, schema.
+
+Strategy: argparse, one function per command, each returning the exit status. Results go to stdout, what is wrong to stderr.
+The one rule: an operator's mistake is never a traceback; it is a line per fault and exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from proxy import __version__
+from proxy.config import Config, ConfigError, json_schema, load, parse
+
+# What the built-in config switches on of the middleware that is there; any of it may have been deleted.
+USUAL_MIDDLEWARE = ("tracking", "timeout")
+DEFAULT_FILE = Path("config.yaml")
+# Served where there is no file at all. The default provider is the demo because nothing else could answer.
+EMBEDDED = """\
+default_provider: demo
+providers:
+  demo: {api: demo, models: [echo, fast, slow, reason, tool, json]}
+models: {demo: demo/echo}
+middleware: [%s]
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 well, 1 faults, 2 wrong usage)."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except ConfigError as error:
+        for fault in error.faults:
+            print(fault, file=sys.stderr)
+        return 1
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Run the gateway until it is told to stop."""
+    config = _configured(arguments)
+    from proxy.app import run  # here, so that `check` and `schema` do not load the server
+
+    return run(config)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Say what is wrong with the file, or what is in it."""
+    config = _configured(arguments)
+    for line in summary(config):
+        print(line)
+    return 0
+
+
+def schema(arguments: argparse.Namespace) -> int:
+    """Print the JSON Schema of config.yaml."""
+    print(json.dumps(json_schema(known_middleware()), indent=2))
+    return 0
+
+
+def summary(config: Config) -> list[str]:
+    """What is in a config, a line per kind of thing."""
+    enabled = [name for name, provider in config.providers.items() if provider.missing is None]
+    return [
+        f"listens on {config.server.host}:{config.server.port}",
+        f"providers enabled: {_listed(enabled)}",
+        *config.warnings,
+        f"default provider: {config.default_provider or 'none'}",
+        *(f"route {name}: {_listed([str(target) for target in route.targets])}" for name, route in config.routes.items()),
+        f"middleware: {_listed([spec.name for spec in config.middleware])}",
+    ]
+
+
+def known_middleware() -> Mapping[str, Callable[..., Any]]:
+    """The table of middleware that config.yaml may name without a module."""
+    from middleware import TABLE
+
+    return TABLE
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _configured(arguments: argparse.Namespace) -> Config:
+    """The file that was named, else ./config.yaml, else the embedded config; with the command line's settings over it."""
+    given: dict[str, object] = {name: getattr(arguments, name, None) for name in ("host", "port", "workers")}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    path: Path | None = arguments.config
+    if path is None and DEFAULT_FILE.exists():
+        path = DEFAULT_FILE
+    if path is not None:
+        return load(path, os.environ, known_middleware(), overrides)
+    print("penstock: no config.yaml here and none named with -c; using the built-in demo provider only", file=sys.stderr)
+    known = known_middleware()
+    text = EMBEDDED % ", ".join(name for name in USUAL_MIDDLEWARE if name in known)
+    return parse(text, os.environ, known, "built-in config", overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="penstock", description="A streaming-first AI gateway.")
+    parser.add_argument("--version", action="version", version=f"penstock {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command, text in (
+        (serve, "run the gateway"),
+        (check, "say what is wrong with a config file"),
+        (schema, "print its JSON Schema"),
+    ):
+        found = commands.add_parser(command.__name__, help=text, description=command.__doc__)
+        found.set_defaults(command=command)
+        if command is not schema:
+            found.add_argument("-c", "--config", type=Path, metavar="FILE", help="default: ./config.yaml, else a built-in demo")
+        if command is serve:
+            # Text, not numbers: the config's own checks judge them, with the same words as for the file.
+            found.add_argument("--host", help="listen here instead of server.host")
+            found.add_argument("--port", help="listen on this port instead of server.port")
+            found.add_argument("--workers", help="processes, instead of server.workers")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Log lines: JSON where a machine reads them, coloured text where a person does.
+
+Strategy: structlog with as few processors as will do, and lines that were logged within a moment leave in one write, because a
+system call per request costs more than making the line.
+The one rule: a line is written at the latest when the process ends, and errors at once.
+
+structlog: https://www.structlog.org
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import sys
+import time
+from datetime import UTC, datetime
+from typing import BinaryIO
+
+import orjson
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+FLUSH_SECONDS = 0.1
+
+
+class Lines:
+    """A structlog logger that gathers lines for `FLUSH_SECONDS` while an event loop runs."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._lines: list[bytes] = []
+        atexit.register(self.flush)
+
+    def info(self, line: bytes) -> None:
+        self._lines.append(line)
+        if len(self._lines) == 1:
+            try:
+                asyncio.get_running_loop().call_later(FLUSH_SECONDS, self.flush)
+            except RuntimeError:
+                self.flush()
+
+    def error(self, line: bytes) -> None:
+        self._lines.append(line)
+        self.flush()
+
+    debug = info
+    warning = critical = exception = error
+
+    def flush(self) -> None:
+        if self._lines:
+            self._file.write(b"\n".join(self._lines) + b"\n")
+            self._file.flush()
+            self._lines.clear()
+
+
+def configure() -> None:
+    """Set up structlog, and the standard library's loggers (aiohttp, asyncio) beside it, both to stderr."""
+    if sys.stderr.isatty():
+        human: list[Processor] = [structlog.processors.add_log_level, structlog.processors.TimeStamper("%H:%M:%S", utc=False)]
+        structlog.configure([*human, structlog.dev.ConsoleRenderer()], logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    else:
+        lines = Lines(sys.stderr.buffer)
+        machine: list[Processor] = [_stamp, structlog.processors.format_exc_info, _render]
+        structlog.configure(machine, logger_factory=lambda *_: lines)
+    # Without the cache every line would bind a new logger, which costs more than writing it.
+    structlog.configure(cache_logger_on_first_use=True, wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def _stamp(logger: WrappedLogger, level: str, event: EventDict) -> EventDict:
+    """Level and time (RFC 3339, UTC); orjson writes a datetime faster than Python formats one."""
+    return {"time": datetime.fromtimestamp(time.time(), UTC), "level": level, **event}
+
+
+def _render(logger: WrappedLogger, level: str, event: EventDict) -> bytes:
+    return orjson.dumps(event, default=str)

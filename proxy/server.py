@@ -1,0 +1,288 @@
+"""The edge: HTTP in, a call into the pipeline, a relay out.
+
+Strategy: a flat table of endpoints under every base URL that clients of such proxies are configured with, on aiohttp's low-level
+server (no application, no resolver: a look-up in a dict). Whatever is raised on the way becomes the OpenAI error envelope here.
+The one rule: nothing is read of a body before the path, the method, the Host and the declared size are accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import structlog
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from proxy.admission import Defaults, admit, parse_json, request_id
+from proxy.call import Call
+from proxy.errors import Draining, GatewayError, Refused
+from proxy.faces import FACES, Face
+from proxy.pipeline import Handler
+from proxy.relay import Relay
+from proxy.reply import Head, Reply
+from proxy.routing import Directory
+
+log = structlog.get_logger("penstock")
+
+Json = dict[str, Any]
+BASES = ("", "/v1", "/v2", "/api/v1", "/v2/proxy", "/v2/router", "/v3/router")
+ENDPOINTS: Mapping[str, Face] = {base + path: face for base in BASES for path, face in FACES.items()}
+MODELS = tuple(base + "/models" for base in BASES)
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+KEEP_ALIVE_SECONDS = 75.0
+HEADER_LIMIT = 2**15
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What the operator decides about the edge. Sizes in bytes, times in seconds.
+
+    loopback_only: refuse every Host but localhost, 127.0.0.1 and [::1], which keeps web pages (DNS rebinding) out of a gateway
+    that has no auth.
+    """
+
+    max_body: int = 32 * 2**20
+    body_timeout: float = 30.0
+    write_timeout: float = 60.0
+    loopback_only: bool = True
+    defaults: Defaults = Defaults()
+
+
+class Edge:
+    """Serves calls. handler: the composed pipeline. directory: where model names lead."""
+
+    def __init__(self, handler: Handler, directory: Directory, settings: ServerSettings) -> None:
+        self._handler = handler
+        self._directory = directory
+        self._settings = settings
+        self._active: dict[asyncio.Task[Any], Relay | None] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._ending = False
+        self._ready = True
+        self.draining = False
+
+    def not_ready(self) -> None:
+        """`/readyz` says no from now on, while calls are still accepted, so that a load balancer turns away first."""
+        self._ready = False
+
+    def server(self) -> web.Server:
+        """aiohttp's low-level server for this edge: one per process."""
+        return _Server(
+            self.handle,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=KEEP_ALIVE_SECONDS,
+            max_line_size=HEADER_LIMIT,
+            max_field_size=HEADER_LIMIT,
+            auto_decompress=True,
+        )
+
+    @property
+    def open_calls(self) -> int:
+        return len(self._active)
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """One HTTP request, from its head to its answer."""
+        headers = request.headers
+        identity = request_id(headers)
+        try:
+            return await self._dispatch(request, headers, identity)
+        except GatewayError as error:
+            return _error_response(error, identity)
+        except (web.RequestPayloadError, ConnectionError):
+            raise
+        except Exception:
+            log.exception("request failed", id=identity)
+            return _error_response(GatewayError("The gateway failed on this request."), identity)
+
+    async def _dispatch(self, request: web.BaseRequest, headers: Mapping[str, str], identity: str) -> web.StreamResponse:
+        path = request.path
+        if path in ("/healthz", "/readyz"):
+            _allow(request, "GET", "HEAD")
+            return self._health(path)
+        self._check_host(headers.get("host", ""))
+        if face := ENDPOINTS.get(path):
+            _allow(request, "POST")
+            return await self._call(request, headers, identity, face)
+        for models in MODELS:
+            if path == models or path.startswith(models + "/"):
+                _allow(request, "GET")
+                return self._models(path[len(models) + 1 :])
+        raise Refused(f"There is nothing at {request.method} {path[:200]}.", status=404, code="unknown_path")
+
+    def _health(self, path: str) -> web.Response:
+        if path == "/readyz" and not self._ready:
+            return web.json_response({"status": "draining"}, status=503)
+        return web.json_response({"status": "ok"})
+
+    def _check_host(self, host: str) -> None:
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+        if self._settings.loopback_only and name.strip("[]").lower() not in LOOPBACK_HOSTS:
+            raise Refused(
+                "Without auth this gateway only answers to the Host localhost, 127.0.0.1 or [::1].", status=403, code="host_not_allowed"
+            )
+
+    def _models(self, model: str) -> web.Response:
+        if not model:
+            return _json({"object": "list", "data": self._directory.listing()})
+        return _json(self._directory.find(model))
+
+    async def _call(self, request: web.BaseRequest, headers: Mapping[str, str], identity: str, face: Face) -> web.StreamResponse:
+        """One call through the pipeline. It can be ended from outside (`end_all`) at every stage."""
+        task = asyncio.current_task()
+        assert task is not None
+        if self.draining:
+            raise Draining("The gateway is shutting down.", headers={"Retry-After": "1"})
+        self._active[task] = None
+        self._idle.clear()
+        try:
+            started = time.perf_counter()
+            body = parse_json(await self._body(request, headers), self._settings.defaults.max_depth)
+            face.check(body)
+            call = admit(body, face.KIND, headers, self._directory, self._settings.defaults, identity)
+            reply = await self._answer(call)
+            relay = self._active[task] = Relay(request, call, reply, face, self._settings.write_timeout)
+            return await relay.run(_head_headers(call, reply.head, time.perf_counter() - started))
+        finally:
+            del self._active[task]
+            if not self._active:
+                self._idle.set()
+
+    async def _answer(self, call: Call) -> Reply:
+        """The pipeline's reply. A cancellation that `end_all` caused is told to the client; any other means that it is gone."""
+        try:
+            return await self._handler(call)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._ending or task is None:
+                raise
+            task.uncancel()
+            raise Draining("The gateway is shutting down.", headers={"Retry-After": "1"}) from None
+
+    async def _body(self, request: web.BaseRequest, headers: Mapping[str, str]) -> bytes:
+        """The request's body, bounded in size and time."""
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind and not (kind == "application/json" or kind.endswith("+json") or kind == "text/plain"):
+            raise Refused(f"The body must be application/json, not {kind[:80]}.", status=415, code="unsupported_media_type")
+        limit = self._settings.max_body
+        if (request.content_length or 0) > limit:
+            raise _too_large(limit)
+        if headers.get("expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
+        if request.content.is_eof():
+            # It came with the head: no clock is needed.
+            return await _read(request, limit)
+        try:
+            async with asyncio.timeout(self._settings.body_timeout):
+                return await _read(request, limit)
+        except TimeoutError:
+            message = f"The body did not arrive within {self._settings.body_timeout:g} s."
+            raise Refused(message, status=408, code="body_timeout", headers={"Connection": "close"}) from None
+
+    async def drained(self, timeout: float) -> bool:
+        """Wait until no call is open, at most `timeout` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+        return not self._active
+
+    def end_all(self) -> None:
+        """End every open call as `draining`: streams get an error chunk, calls without a reply a 503."""
+        self._ending = True
+        for task, relay in list(self._active.items()):
+            if relay is None:
+                task.cancel()
+            else:
+                relay.interrupt(Draining("The gateway is shutting down."))
+
+
+class _Connection(RequestHandler):
+    """aiohttp's server protocol, with one thing changed: a client that closes while bytes to it are still queued is gone at once,
+    rather than when the queue has been flushed, which may be never."""
+
+    __slots__ = ()
+
+    def eof_received(self) -> None:
+        if self.transport is not None and self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+
+class _Server(web.Server):
+    def __call__(self) -> RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Bound sockets for every address of `host`; raises OSError."""
+    found: list[socket.socket] = []
+    for family, kind, proto, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+        sock = socket.socket(family, kind, proto)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        found.append(sock)
+    return found
+
+
+def _allow(request: web.BaseRequest, *methods: str) -> None:
+    if request.method not in methods:
+        allowed = ", ".join(methods)
+        message = f"{request.method} is not possible here, only {allowed}."
+        raise Refused(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
+
+
+async def _read(request: web.BaseRequest, limit: int) -> bytes:
+    content = request.content
+    parts, size = [], 0
+    while data := await content.readany():
+        parts.append(data)
+        size += len(data)
+        if size > limit:
+            raise _too_large(limit)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _too_large(limit: int) -> Refused:
+    message = f"The body is larger than the {limit} bytes that server.max_body allows."
+    return Refused(message, status=413, code="body_too_large", headers={"Connection": "close"})
+
+
+def _head_headers(call: Call, head: Head, seconds: float) -> dict[str, str]:
+    """What the client learns from the head about how its call was served."""
+    upstream = head.upstream_seconds
+    found = {
+        **head.headers,
+        "Server": "penstock",
+        "X-Request-Id": call.id,
+        "X-Penstock-Target": head.target,
+        "X-Penstock-Attempts": str(head.attempts),
+        "Server-Timing": f"upstream;dur={upstream * 1000:.1f}, gateway;dur={max(0.0, seconds - upstream) * 1000:.1f}",
+    }
+    if head.dropped:
+        # Field names are the client's own words: they must not end a header line, nor fill it.
+        names = [re.sub(r"[^\w.\[\]-]", "?", name, flags=re.ASCII)[:64] for name in head.dropped[:32]]
+        found["X-Penstock-Dropped"] = ", ".join(names)
+    return found
+
+
+def _error_response(error: GatewayError, identity: str) -> web.Response:
+    response = _json({"error": error.envelope()}, error.status, {**error.headers, "X-Request-Id": identity})
+    if error.headers.get("Connection") == "close":
+        response.force_close()
+    return response
+
+
+def _json(body: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(body=orjson.dumps(body), status=status, headers={**(headers or {}), "Content-Type": "application/json"})
+

@@ -1,0 +1,239 @@
+"""The shape of config.yaml: what may be written, in which bounds. No file, no environment, no checks across.
+
+Strategy: one frozen model per section, unknown keys forbidden; numbers carry the marks of `proxy.units`, which `setting`
+turns into validators, for these models and for the constructor keywords of middleware alike.
+The one rule: validators speak to the operator and never repeat a value; it may be a secret in the wrong place.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    SecretStr,
+    WithJsonSchema,
+    create_model,
+)
+from pydantic_core import CoreSchema, core_schema
+
+from proxy import units
+from proxy.units import Between, ByteSize, Seconds
+
+DURATION_SCHEMA = {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}], "description": units.DURATION_WORDS}
+SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}], "description": units.SIZE_WORDS}
+
+MARKS: dict[str, tuple[Any, ...]] = {
+    "seconds": (BeforeValidator(units.seconds), WithJsonSchema(DURATION_SCHEMA)),
+    "bytes": (BeforeValidator(units.byte_size), WithJsonSchema(SIZE_SCHEMA)),
+}
+
+
+def _no_truth(written: Any) -> Any:
+    # Python takes True for 1.
+    if isinstance(written, bool):
+        raise ValueError("must be a number")
+    return written
+
+
+class _Bounds:
+    """`units.Between` for pydantic: the check, and minimum and maximum in the JSON Schema of a plain number."""
+
+    def __init__(self, between: Between) -> None:
+        self.between = between
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        checked = core_schema.no_info_after_validator_function(self.check, handler(source))
+        return core_schema.no_info_before_validator_function(_no_truth, checked)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        found = dict(handler(schema))
+        if found.get("type") in ("integer", "number"):
+            found |= {"minimum": self.between.low, "maximum": self.between.high}
+        return found
+
+    def check(self, value: Any) -> Any:
+        self.between.check(value)
+        return value
+
+
+def setting(annotation: Any) -> Any:
+    """The annotation with the marks of `proxy.units` replaced by validators, also inside unions, lists and mappings."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        marks = [found for mark in annotation.__metadata__ for found in _validators(mark)]
+        inner = setting(annotation.__origin__)
+        return Annotated[(inner, *marks)] if marks else inner
+    if origin in (Union, types.UnionType):
+        return Union[tuple(setting(argument) for argument in arguments)]  # noqa: UP007 - made from a tuple
+    if origin in (list, dict, tuple, collections.abc.Mapping, collections.abc.Sequence):
+        return origin[tuple(argument if argument is ... else setting(argument) for argument in arguments)]
+    return annotation
+
+
+def _validators(mark: Any) -> tuple[Any, ...]:
+    if isinstance(mark, Between):
+        return (_Bounds(mark),)
+    return MARKS.get(mark, ()) if isinstance(mark, str) else (mark,)
+
+
+class Section(BaseModel):
+    """What every section has in common: nothing unknown, nothing changed later, no value in an error's text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+def _one_worker(count: int) -> int:
+    if count != 1:
+        raise ValueError("must be 1; more workers are not yet supported")
+    return count
+
+
+def _no_brackets(host: str) -> str:
+    """`[::1]`, as it stands in a URL, is the address ::1."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+Port = Annotated[int, _Bounds(Between(0, 65535))]
+LongWait = Annotated[float, *MARKS["seconds"], _Bounds(Between(0, 86400))]
+ShortWait = Annotated[float, *MARKS["seconds"], _Bounds(Between(0.001, 3600))]
+BodySize = Annotated[int, *MARKS["bytes"], _Bounds(Between(1024, 2**30))]
+
+
+class Server(Section):
+    """Where and how the gateway listens. Durations in seconds, sizes in bytes; port 0 is any free port."""
+
+    host: Annotated[str, Field(min_length=1), AfterValidator(_no_brackets)] = "127.0.0.1"
+    port: Port = 8080
+    workers: Annotated[int, AfterValidator(_one_worker)] = 1
+    max_body: BodySize = 32 * 2**20
+    body_timeout: ShortWait = 30.0
+    drain_delay: LongWait = 0.0
+    drain_timeout: LongWait = 30.0
+    write_timeout: ShortWait = 60.0
+    max_depth: Annotated[int, _Bounds(Between(4, 512))] = 64
+    allow_anonymous: bool = False
+    strict_params: bool = False
+    usage_placement: Literal["chunk", "finish"] = "chunk"
+
+
+def _http_url(url: str) -> str:
+    """An http(s) base URL without credentials, query or fragment; the slash at its end goes."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError("is no URL") from None
+    if parts.scheme not in ("http", "https") or not host or any(character.isspace() for character in url):
+        raise ValueError("must be an http:// or https:// URL")
+    if "@" in parts.netloc:
+        raise ValueError("must not carry credentials; put the key under api_key")
+    if "?" in url or "#" in url:
+        raise ValueError("must end with a path; put parameters under query")
+    return url.rstrip("/")
+
+
+def _header_value(value: str) -> str:
+    # RFC 9110, 5.5: a line break in a value would start another header.
+    if any(character in value for character in "\r\n\0"):
+        raise ValueError("must not contain line breaks")
+    return value
+
+
+def _key_value(key: SecretStr) -> SecretStr:
+    _header_value(key.get_secret_value())
+    return key
+
+
+# RFC 9110, 5.6.2: a header's name is a token.
+HeaderName = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
+HeaderValue = Annotated[str, AfterValidator(_header_value)]
+ProviderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+
+
+class ProviderRow(Section):
+    """One row of `providers:`; the fields are those of `proxy.call.Provider` that an operator sets."""
+
+    api: Literal["openai", "anthropic", "gemini", "cohere", "demo"]
+    base_url: HttpUrl | None = None
+    api_key: Annotated[SecretStr, AfterValidator(_key_value)] | None = None
+    key_header: HeaderName | None = None
+    query: dict[str, str] = {}
+    headers: dict[HeaderName, HeaderValue] = {}
+    usage: Literal["stream_options", "always", "none"] = "stream_options"
+    reasoning: Literal["reasoning_content", "reasoning", "reasoning_details", "thinking_parts", "none"] = "none"
+    completions: list[str] = []
+    default_max_tokens: Annotated[int, _Bounds(Between(1, 10_000_000))] = 4096
+    models: list[str] = []
+
+
+APIS: tuple[str, ...] = get_args(ProviderRow.model_fields["api"].annotation)
+
+
+def long_form(written: Any) -> Any:
+    """`fast: openai/gpt-4o-mini` and `fast: [a/x, b/y]` are short for `fast: {targets: [...]}`."""
+    if isinstance(written, str):
+        return {"targets": [written]}
+    return {"targets": written} if isinstance(written, list) else written
+
+
+class RouteRow(Section):
+    """One route of `models:`."""
+
+    targets: Annotated[list[str], Field(min_length=1)]
+    strategy: Literal["fallback"] = "fallback"
+
+
+RouteForms = Annotated[RouteRow, BeforeValidator(long_form, json_schema_input_type=RouteRow | str | list[str])]
+
+
+class File(Section):
+    """The whole of config.yaml."""
+
+    server: Server = Server()
+    default_provider: str | None = None
+    providers: dict[ProviderName, ProviderRow] = {}
+    models: dict[str, RouteForms] = {}
+    middleware: list[Any] = []
+
+
+def options_model(name: str, factory: Callable[..., object]) -> type[BaseModel]:
+    """The schema of a middleware's options: the keywords of its constructor and their annotations.
+
+    Keywords that a file cannot carry (a clock, any callable) and those that begin with `_` are no options.
+    Raises TypeError or NameError where the signature cannot be read.
+    """
+    source = factory.__init__ if inspect.isclass(factory) else factory
+    hints = get_type_hints(source, include_extras=True)
+    fields: dict[str, Any] = {}
+    extra: Literal["allow", "forbid"] = "forbid"
+    for parameter in inspect.signature(factory).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            extra = "allow"
+        elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY) or parameter.name.startswith("_"):
+            continue
+        elif not _is_callable(hint := hints.get(parameter.name, Any)):
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[parameter.name] = (setting(hint), Field(default))
+    config = ConfigDict(
+        extra=extra, frozen=True, hide_input_in_errors=True, protected_namespaces=(), arbitrary_types_allowed=True
+    )
+    return create_model(name, __config__=config, __doc__=inspect.getdoc(factory), **fields)
+
+
+def _is_callable(hint: Any) -> bool:
+    return any(kind is collections.abc.Callable for form in (hint, *get_args(hint)) for kind in (form, get_origin(form)))
+
+
+__all__ = ["APIS", "ByteSize", "File", "ProviderRow", "RouteRow", "Seconds", "Section", "Server", "options_model", "setting"]
