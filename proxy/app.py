@@ -37,7 +37,9 @@ class Gateway:
     settle: see Exchange. transports: replaces the transport of some wire formats (for tests).
     """
 
-    def __init__(self, config: Config, *, settle: float = SETTLE_SECONDS, transports: Mapping[str, Transport] | None = None) -> None:
+    def __init__(
+        self, config: Config, *, settle: float = SETTLE_SECONDS, transports: Mapping[str, Transport] | None = None
+    ) -> None:
         self.config = config
         self.port = 0
         self._settle = settle
@@ -52,7 +54,9 @@ class Gateway:
         transports.update(self._transports)
         layers = [spec.factory(**spec.options) for spec in config.middleware]
         handler = compose(layers, Exchange(WIRES, transports, settle=self._settle))
-        self.edge = Edge(handler, Directory(config.providers, config.routes, config.default_provider, int(time.time())), _settings(config))
+        self.edge = Edge(
+            handler, Directory(config.providers, config.routes, config.default_provider, int(time.time())), _settings(config)
+        )
         self._runner = web.ServerRunner(self.edge.server(), handle_signals=False, shutdown_timeout=0.1)
         await self._runner.setup()
         try:
@@ -138,8 +142,11 @@ async def _serve(config: Config) -> int:
 def _greet(config: Config, port: int) -> None:
     host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
     base = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/v1"  # noqa: S104 - a comparison, nothing is bound
-    for warning in config.warnings:
-        print(f"penstock: {warning}", file=sys.stderr)
+    disabled = [row.name for row in config.providers.values() if row.missing]
+    if disabled:
+        print(
+            f"penstock: without a key, so disabled: {', '.join(disabled)} (penstock check names the variables)", file=sys.stderr
+        )
     print(f"penstock: serving {base}", file=sys.stderr)
     model = "demo/echo" if any(row.api == "demo" for row in config.providers.values()) else "provider/model"
     body = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello, Penstock"}}]}}'

@@ -40,7 +40,9 @@ class Exchange:
         target = call.target or call.targets[0]
         provider = target.provider
         if provider.missing:
-            raise Unconfigured(f"The provider '{provider.name}' is not configured: set the environment variable {provider.missing}.")
+            raise Unconfigured(
+                f"The provider '{provider.name}' is not configured: set the environment variable {provider.missing}."
+            )
         try:
             return await self._ask(call, target)
         except GatewayError as error:
@@ -95,11 +97,12 @@ async def _opening(response: UpstreamResponse) -> bytes:
     raise UpstreamCut("The provider's reply was empty.")
 
 
-SSE_STARTS = (b"data", b"event", b"id", b"retry", b":", b"\xef")
+# The first letters of data, event, id, retry, of a comment, and of a byte order mark; no JSON object begins with one of them.
+SSE_STARTS = (b"d", b"e", b"i", b"r", b":", b"\xef")
 
 
 def _is_stream(opening: bytes, call: Call) -> bool:
-    """Does the body begin like server-sent events? JSON and HTML never do; a very short first piece is judged by what was asked."""
+    """Does the body begin like server-sent events? One byte must do: the next may be long in coming."""
     if call.kind == "embeddings" or opening[:1] in (b"{", b"["):
         return False
     if opening[:1] == b"<":

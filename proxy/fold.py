@@ -115,7 +115,11 @@ def unfold(completion: Completion) -> tuple[list[Chunk], list[Chunk], Usage | No
     content: list[Chunk] = []
     finish: list[Chunk] = []
     for choice in completion["choices"]:
-        rest = {name: value for name, value in choice.items() if name not in ("message", "index", "finish_reason", "native_finish_reason")}
+        rest = {
+            name: value
+            for name, value in choice.items()
+            if name not in ("message", "index", "finish_reason", "native_finish_reason")
+        }
         message = {"role": "assistant", **choice["message"]}
         if message.get("content") is None:
             message.pop("content", None)

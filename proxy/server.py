@@ -121,14 +121,16 @@ class Edge:
 
     def _health(self, path: str) -> web.Response:
         if path == "/readyz" and not self._ready:
-            return web.json_response({"status": "draining"}, status=503)
-        return web.json_response({"status": "ok"})
+            return _json({"status": "draining"}, 503)
+        return _json({"status": "ok"})
 
     def _check_host(self, host: str) -> None:
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         if self._settings.loopback_only and name.strip("[]").lower() not in LOOPBACK_HOSTS:
             raise Refused(
-                "Without auth this gateway only answers to the Host localhost, 127.0.0.1 or [::1].", status=403, code="host_not_allowed"
+                "Without auth this gateway only answers to the Host localhost, 127.0.0.1 or [::1].",
+                status=403,
+                code="host_not_allowed",
             )
 
     def _models(self, model: str) -> web.Response:
@@ -172,7 +174,8 @@ class Edge:
         """The request's body, bounded in size and time."""
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind and not (kind == "application/json" or kind.endswith("+json") or kind == "text/plain"):
-            raise Refused(f"The body must be application/json, not {kind[:80]}.", status=415, code="unsupported_media_type")
+            message = f"The body must be JSON, with the header Content-Type: application/json, not {kind[:80]}."
+            raise Refused(message, status=415, code="unsupported_media_type")
         limit = self._settings.max_body
         if (request.content_length or 0) > limit:
             raise _too_large(limit)
@@ -284,5 +287,5 @@ def _error_response(error: GatewayError, identity: str) -> web.Response:
 
 
 def _json(body: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    return web.Response(body=orjson.dumps(body), status=status, headers={**(headers or {}), "Content-Type": "application/json"})
-
+    fields = {**(headers or {}), "Server": "penstock", "Content-Type": "application/json"}
+    return web.Response(body=orjson.dumps(body), status=status, headers=fields)

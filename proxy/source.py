@@ -25,7 +25,9 @@ class Source:
     count as the upstream's end.
     """
 
-    def __init__(self, response: UpstreamResponse, decoder: SseDecoder, idle: float | None, settle: float, provider: Provider) -> None:
+    def __init__(
+        self, response: UpstreamResponse, decoder: SseDecoder, idle: float | None, settle: float, provider: Provider
+    ) -> None:
         self._response = response
         self._decoder = decoder
         self._idle = idle

@@ -22,7 +22,17 @@ Json = dict[str, Any]
 
 # Fields of the OpenAI request that change the answer: where a format cannot carry them, that is a 400, never a silent drop.
 ANSWER_FIELDS = frozenset(
-    {"tools", "tool_choice", "response_format", "functions", "function_call", "modalities", "audio", "web_search_options", "prediction"}
+    {
+        "tools",
+        "tool_choice",
+        "response_format",
+        "functions",
+        "function_call",
+        "modalities",
+        "audio",
+        "web_search_options",
+        "prediction",
+    }
 )
 
 

@@ -23,13 +23,22 @@ def make_target(api: str, model: str = "some-model", **row: Any) -> Target:
 def make_call(request: Json | None = None, **fields: Any) -> Call:
     """A chat call as the edge would have made it."""
     body = {"model": "public-model", "messages": [{"role": "user", "content": "Hi"}], **(request or {})}
-    defaults: Json = {"id": "req_1", "nonce": "0a1b2c3d4e5f", "created": 1700000000, "kind": "chat", "stream": bool(body.get("stream"))}
+    defaults: Json = {
+        "id": "req_1",
+        "nonce": "0a1b2c3d4e5f",
+        "created": 1700000000,
+        "kind": "chat",
+        "stream": bool(body.get("stream")),
+    }
     return Call(**{**defaults, "model": body["model"], "request": body, **fields})
 
 
 def unnumbered(entries: list[Any]) -> list[Any]:
     """List entries without the `index` that lets SDKs add deltas up."""
-    return [{name: value for name, value in entry.items() if name != "index"} if isinstance(entry, dict) else entry for entry in entries]
+    return [
+        {name: value for name, value in entry.items() if name != "index"} if isinstance(entry, dict) else entry
+        for entry in entries
+    ]
 
 
 @dataclass

@@ -135,8 +135,9 @@ def _openai(events: list[Json], streaming: bool) -> Owed:
 
 
 def _openai_delta(reply: Owed, said: Said, delta: Json) -> None:
-    content = delta.get("content") or delta.get("text") or ""
-    for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+    content: Any = delta.get("content") or delta.get("text") or ""
+    parts: list[Json] = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    for part in parts:
         if part["type"] == "text":
             said.text += part["text"]
         elif part["type"] == "thinking":
@@ -146,7 +147,7 @@ def _openai_delta(reply: Owed, said: Said, delta: Json) -> None:
     said.reasoning += delta.get("reasoning_content") or delta.get("reasoning") or in_details
     said.refusal += delta.get("refusal") or ""
     said.function += json.dumps(delta["function_call"], sort_keys=True) if delta.get("function_call") else ""
-    reply.kept.update(entry[name] for entry in details for name in ("data", "signature") if entry.get(name))
+    reply.kept.update(entry[field] for entry in details for field in ("data", "signature") if entry.get(field))
     reply.kept.update(entry["url_citation"]["url"] for entry in delta.get("annotations") or [])
     reply.kept.update(call["arguments"] for call in delta.get("executed_tools") or [] if call.get("arguments"))
     if delta.get("audio"):
@@ -156,7 +157,7 @@ def _openai_delta(reply: Owed, said: Said, delta: Json) -> None:
 
 
 def _openai_tool(said: Said, call: Json) -> None:
-    """A delta goes on with the newest call of its index (of any, where it has none), unless it brings an id or name of its own."""
+    """A delta goes on with the newest call of its index (of any, if it has none), unless it brings an id or name of its own."""
     function, id, key = call["function"], call.get("id") or None, call.get("index")
     name, text = function.get("name"), function.get("arguments") or ""
     known = next((tool for tool in reversed(said.tools) if key is None or tool.key == key), None)

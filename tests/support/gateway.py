@@ -35,9 +35,21 @@ middleware:
 
 
 @asynccontextmanager
-async def gateway(url: str = "http://127.0.0.1:9", config: str = CONFIG, *, settle: float = 0.2, environ: Mapping[str, str] | None = None, **fields: str) -> AsyncIterator[Gateway]:
-    """A gateway whose providers all are at `url`. config: a template with {url} and whatever `fields` names."""
-    async with Gateway(parse(config.format(url=url, **fields), environ or {}, TABLE), settle=settle) as running:
+async def gateway(
+    url: str = "http://127.0.0.1:9",
+    config: str = CONFIG,
+    *,
+    settle: float = 0.2,
+    environ: Mapping[str, str] | None = None,
+    table: Mapping[str, Any] | None = None,
+    **fields: str,
+) -> AsyncIterator[Gateway]:
+    """A gateway whose providers all are at `url`. config: a template with {url} and whatever `fields` names.
+
+    table: middleware that the config may name, beside ours.
+    """
+    checked = parse(config.format(url=url, **fields), environ or {}, {**TABLE, **(table or {})})
+    async with Gateway(checked, settle=settle) as running:
         yield running
 
 
@@ -79,7 +91,9 @@ def chat(model: str = "openai/m", *, stream: bool = True, **fields: Any) -> Json
     return {"model": model, "messages": [{"role": "user", "content": "Hi"}], "stream": stream, **fields}
 
 
-async def ask(port: int, body: Json | bytes, path: str = "/v1/chat/completions", headers: Mapping[str, str] | None = None) -> Answer:
+async def ask(
+    port: int, body: Json | bytes, path: str = "/v1/chat/completions", headers: Mapping[str, str] | None = None
+) -> Answer:
     """POST, and read the answer to its end, whichever it is."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     fields = {"Content-Type": "application/json", **(headers or {})}
@@ -155,8 +169,8 @@ class RawClient:
         parts: list[bytes] = []
         try:
             if headers.get("Transfer-Encoding") != "chunked":
-                size = headers.get("Content-Length")
-                return (await self._reader.read() if size is None else await self._reader.readexactly(int(size))), True
+                length = headers.get("Content-Length")
+                return (await self._reader.read() if length is None else await self._reader.readexactly(int(length))), True
             while size := int(await self._reader.readline(), 16):
                 parts.append(await self._reader.readexactly(size))
                 await self._reader.readexactly(2)

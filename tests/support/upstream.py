@@ -49,7 +49,11 @@ class Line:
 
     async def head(self, status: int = 200, content_type: str = "text/event-stream", **headers: str) -> None:
         """A response head with chunked transfer encoding; `chunk` and `end` follow."""
-        lines = {"Content-Type": content_type, "Transfer-Encoding": "chunked", **{k.replace("_", "-"): v for k, v in headers.items()}}
+        lines = {
+            "Content-Type": content_type,
+            "Transfer-Encoding": "chunked",
+            **{k.replace("_", "-"): v for k, v in headers.items()},
+        }
         await self.send(http_head(status, lines))
 
     async def chunk(self, *pieces: bytes) -> None:
@@ -80,7 +84,9 @@ def http_head(status: int, headers: Mapping[str, str]) -> bytes:
     return f"HTTP/1.1 {status} X\r\n{lines}\r\n".encode()
 
 
-def whole(body: bytes, status: int = 200, content_type: str = "application/json", headers: Mapping[str, str] | None = None) -> Answer:
+def whole(
+    body: bytes, status: int = 200, content_type: str = "application/json", headers: Mapping[str, str] | None = None
+) -> Answer:
     """An answer with a Content-Length."""
 
     async def answer(asked: Asked, line: Line) -> None:
@@ -179,7 +185,10 @@ async def _gone(line: Line) -> None:
             return
         if line.reader._buffer:  # type: ignore[attr-defined]
             return await asyncio.Event().wait()  # type: ignore[func-returns-value]
-        await line.reader._wait_for_data("gone")  # type: ignore[attr-defined]
+        try:
+            await line.reader._wait_for_data("gone")  # type: ignore[attr-defined]
+        except ConnectionError:
+            return
 
 
 async def _read_request(reader: asyncio.StreamReader) -> Asked | None:

@@ -109,6 +109,10 @@ class Decoder(SseDecoder):
     def end(self) -> None:
         for (index, key), (id, text) in self._unnamed.items():
             self.stream.open_tool(key, id, "", text, index)
+        for index, choice in self.stream.choices.items():
+            # No arguments at all are an empty object, or the client's parser fails; unless the provider was cut off before them.
+            for tool in choice.tools if choice.finish_reason != "length" else ():
+                self.stream.tool_text(tool, "" if tool.arguments else "{}", index)
         super().end()
 
     def event(self, chunk: Json) -> None:
@@ -204,4 +208,3 @@ class Decoder(SseDecoder):
         tool = self.stream.open_tool(key, id, name, text, index)
         if id:
             self._native_ids[tool] = id
-

@@ -54,8 +54,9 @@ def finish_reason(native: str) -> str:
 def usage(found: Json) -> Usage:
     """OpenAI's usage, with counts that add up; the vendor's further fields are kept.
 
-    xAI leaves reasoning out of completion_tokens, Mistral leaves audio out of prompt_tokens: there total_tokens is larger than
-    the sum, by just that figure.
+    Mistral leaves audio out of prompt_tokens; xAI and Gemini's compatible API leave reasoning out of completion_tokens: there
+    total_tokens is larger than the sum. Vercel's gateway leaves it out of both; a reasoning count a little above
+    completion_tokens, though, is only another tokenizer's (OpenRouter).
     """
     prompt = _count(found.get("prompt_tokens") or found.get("input_tokens"))
     completion = _count(found.get("completion_tokens") or found.get("output_tokens"))
@@ -63,10 +64,12 @@ def usage(found: Json) -> Usage:
     missing = total - prompt - completion
     reasoning = _count((found.get("completion_tokens_details") or {}).get("reasoning_tokens") or found.get("reasoning_tokens"))
     audio = _count((found.get("prompt_tokens_details") or {}).get("audio_tokens"))
-    if missing > 0 and missing == reasoning:
+    if missing > 0 and missing == audio:
+        prompt += missing
+    elif missing > 0:
+        completion += missing
+    elif reasoning > 1.5 * completion:
         completion += reasoning
-    elif missing > 0 and missing == audio:
-        prompt += audio
     counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
     return {**found, **counts, **_details(found, reasoning)}
 

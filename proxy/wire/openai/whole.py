@@ -88,7 +88,7 @@ def _choice(choice: Json, position: int, call: Call) -> Json:
 def _tool_call(tool: Json, number: int, index: int, call: Call) -> Json:
     """A call with an id (Gemini's compatible API leaves it empty) and its arguments as text."""
     function = tool.get("function") or {}
-    arguments = quirks.arguments_text(function.get("arguments"))
+    arguments = quirks.arguments_text(function.get("arguments")) or "{}"
     return {
         **{name: value for name, value in tool.items() if name != "index"},
         "id": str(tool.get("id") or f"call_{call.nonce}_{index}_{number}"),
