@@ -105,40 +105,50 @@ def _unique() -> str:
     return f"{random.getrandbits(64):016x}"  # noqa: S311
 
 
-def _own_fields(body: Json) -> Json:
-    """The gateway's fields from all the places they may stand in: top level before `penstock` before `orq`."""
-    own: Json = {}
+Own = dict[str, tuple[Any, str]]
+
+
+def _own_fields(body: Json) -> Own:
+    """The gateway's fields as (value, path), from all the places they may stand in: top level before `penstock` before `orq`."""
+    own: Own = {}
     for place in ("orq", "penstock"):
         found = body.get(place)
         if found is not None and not isinstance(found, dict):
             raise _wrong(place, "must be an object")
-        own.update(found or {})
-    own.update({field: body[field] for field in GATEWAY_FIELDS if field in body and field not in ("orq", "penstock")})
+        own.update({field: (value, f"{place}.{field}") for field, value in (found or {}).items() if value is not None})
+    for field in GATEWAY_FIELDS:
+        if body.get(field) is not None and field not in ("orq", "penstock"):
+            own[field] = (body[field], field)
     return own
 
 
-def _name(own: Json, headers: Mapping[str, str]) -> str | None:
-    tracking = own.get("tracking")
-    if tracking is not None and not isinstance(tracking, dict):
-        raise _wrong("orq.tracking", "must be an object")
-    name = own.get("name") or (tracking or {}).get("name") or headers.get("x-penstock-name")
+def _name(own: Own, headers: Mapping[str, str]) -> str | None:
+    """The tracking name: `name`, `penstock.name`, `orq.tracking.name`, `orq.name`, or the header."""
+    tracking, where = own.get("tracking", ({}, ""))
+    if not isinstance(tracking, dict):
+        raise _wrong(where, "must be an object")
+    name, path = own.get("name", (None, "name"))
+    if tracking.get("name") is not None and (name is None or path == "orq.name"):
+        name, path = tracking["name"], f"{where}.name"
+    if name is None:
+        name = headers.get("x-penstock-name")
     if name is None or name == "":
         return None
     if not isinstance(name, str) or len(name) > NAME_LIMIT:
-        raise _wrong("name", f"must be a text of at most {NAME_LIMIT} characters")
+        raise _wrong(path, f"must be a text of at most {NAME_LIMIT} characters")
     return name
 
 
-def _options(body: Json, own: Json, defaults: Defaults) -> Options:
+def _options(body: Json, own: Own, defaults: Defaults) -> Options:
     stream_options = body.get("stream_options")
     if stream_options is not None and not isinstance(stream_options, dict):
         raise _wrong("stream_options", "must be an object")
-    placement = own.get("usage_placement")
+    placement, path = own.get("usage_placement", (None, ""))
     if placement not in (None, "chunk", "finish"):
-        raise _wrong("usage_placement", "must be 'chunk' or 'finish'")
-    strict = own.get("strict_params")
+        raise _wrong(path, "must be 'chunk' or 'finish'")
+    strict, path = own.get("strict_params", (None, ""))
     if strict is not None and not isinstance(strict, bool):
-        raise _wrong("strict_params", "must be true or false")
+        raise _wrong(path, "must be true or false")
     return Options(
         include_usage=_flag(stream_options or {}, "include_usage", "stream_options."),
         usage_on_finish=defaults.usage_on_finish if placement is None else placement == "finish",

@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 
@@ -145,8 +147,24 @@ def presentable(error: GatewayError, provider: Provider) -> GatewayError:
         hidden = UpstreamError(message, status=502, type="upstream_error", code="upstream_auth")
         hidden.native_status = error.status
         return hidden
-    if provider.api_key:
-        error.message = error.message.replace(provider.api_key, "***")
-    if host := re.match(r"https?://([^/]+)", provider.base_url):
-        error.message = error.message.replace(host[0], provider.name).replace(host[1], provider.name)
+    secrets = _secrets(provider)
+    error.message = _without(secrets, error.message)
+    error.type, error.code = _without(secrets, error.type), _without(secrets, error.code)
+    error.param = error.param and _without(secrets, error.param)
     return error
+
+
+@lru_cache(maxsize=256)
+def _secrets(provider: Provider) -> tuple[tuple[re.Pattern[str], str], ...]:
+    """(what must not be said, what is said instead): the key (a placeholder like "none" is none), the host in all spellings."""
+    found = [(provider.api_key, "***")] if provider.api_key and len(provider.api_key) >= 8 else []
+    url = urlsplit(provider.base_url)
+    if url.hostname:
+        found += [(f"{url.scheme}://{url.netloc}", provider.name), (url.netloc, provider.name), (url.hostname, provider.name)]
+    return tuple((re.compile(rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])"), stand_in) for secret, stand_in in found)
+
+
+def _without(secrets: tuple[tuple[re.Pattern[str], str], ...], text: str) -> str:
+    for secret, stand_in in secrets:
+        text = secret.sub(stand_in.replace("\\", ""), text)
+    return text

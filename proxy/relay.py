@@ -169,6 +169,8 @@ class _Patience:
         self._loop = asyncio.get_running_loop()
         self.clock = self._loop.time
         self.since: float | None = None
+        self._looked = 0.0
+        self._queued = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -186,9 +188,15 @@ class _Patience:
         self.since = None
 
     def _check(self) -> None:
-        waited = 0.0 if self.since is None else self.clock() - self.since
-        if waited >= self._seconds:
-            if self._request.transport is not None:
-                self._request.transport.abort()
-        else:
+        """The timer: what is queued must have shrunk since the last look, or the write must be younger than the limit."""
+        transport = self._request.transport
+        queued = transport.get_write_buffer_size() if transport is not None else 0
+        now = self.clock()
+        if self.since is None or queued != self._queued:
+            self._queued = queued
+            self._looked = now
+        waited = 0.0 if self.since is None else now - max(self.since, self._looked)
+        if waited < self._seconds:
             self._timer = self._loop.call_later(self._seconds - waited + 0.001, self._check)
+        elif transport is not None:
+            transport.abort()

@@ -97,6 +97,10 @@ class Edge:
         try:
             return await self._dispatch(request, headers, identity)
         except GatewayError as error:
+            # What never reached the pipeline is logged here; everything else by the middleware that the operator chose.
+            log.info(
+                "request", id=identity, path=request.path[:200], outcome=error.outcome.value, status=error.status, code=error.code
+            )
             return _error_response(error, identity)
         except (web.RequestPayloadError, ConnectionError):
             raise
@@ -151,9 +155,12 @@ class Edge:
             body = parse_json(await self._body(request, headers), self._settings.defaults.max_depth)
             face.check(body)
             call = admit(body, face.KIND, headers, self._directory, self._settings.defaults, identity)
-            reply = await self._answer(call)
-            relay = self._active[task] = Relay(request, call, reply, face, self._settings.write_timeout)
-            return await relay.run(_head_headers(call, reply.head, time.perf_counter() - started))
+            try:
+                reply = await self._answer(call)
+                relay = self._active[task] = Relay(request, call, reply, face, self._settings.write_timeout)
+                return await relay.run(_head_headers(call, reply.head, time.perf_counter() - started))
+            except GatewayError as error:
+                return _error_response(error, identity)
         finally:
             del self._active[task]
             if not self._active:

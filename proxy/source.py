@@ -75,10 +75,13 @@ class Source:
     async def _next(self) -> Batch:
         """The next batch with content; pings and comments are read over. Raises the fault once the chunks before it are out."""
         decoder, read = self._decoder, self._response.read
+        settled: float | None = None
         while decoder.fault is None:
             try:
                 if decoder.stream.finishing and decoder.finished:
-                    data = await asyncio.wait_for(read(), self._settle)
+                    settled = settled or self._loop.time() + self._settle
+                    async with asyncio.timeout_at(settled):
+                        data = await read()
                 else:
                     data = await read()
             except TimeoutError:

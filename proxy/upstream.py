@@ -47,6 +47,7 @@ class HttpTransport:
 
     def __init__(self, session: ClientSession) -> None:
         self._session = session
+        self._lingering: set[HttpResponse] = set()
 
     @classmethod
     def open(cls) -> HttpTransport:
@@ -64,6 +65,8 @@ class HttpTransport:
         return cls(session)
 
     async def close(self) -> None:
+        for response in list(self._lingering):
+            response.close()
         await self._session.close()
 
     @property
@@ -83,37 +86,53 @@ class HttpTransport:
             )
         except (ClientError, OSError, TimeoutError, ValueError) as error:
             raise _mapped(error, limits) from None
-        return HttpResponse(response)
+        return HttpResponse(response, self._lingering)
 
 
 class HttpResponse:
-    """One response whose body is still coming."""
+    """One response whose body is still coming. lingering: where it is kept while its HTTP end is awaited."""
 
-    __slots__ = ("_linger", "_response", "headers", "status")
+    __slots__ = ("_closed", "_linger", "_lingering", "_response", "headers", "status")
 
-    def __init__(self, response: ClientResponse) -> None:
+    def __init__(self, response: ClientResponse, lingering: set[HttpResponse]) -> None:
         self._response = response
+        self._lingering = lingering
         self._linger: asyncio.TimerHandle | None = None
+        self._closed = False
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
 
     async def read(self) -> bytes:
+        content = self._response.content
+        if content.exception() is not None and content._buffer and not self._closed:
+            # The connection broke after these bytes came; aiohttp would drop them, and an end among them would look like a cut.
+            return content._read_nowait(-1)
         try:
-            return await self._response.content.readany()
+            return await content.readany()
         except (ClientError, OSError, TimeoutError) as error:
+            # aiohttp raises one and the same exception for every closed response: its traceback would keep all of them alive.
+            error.__traceback__ = None
             raise _broken(error) from None
 
     def done(self) -> None:
         """aiohttp reuses the connection when the HTTP end arrives; if that takes longer than a moment, it is closed."""
-        if self._linger is None and not self._response.content.at_eof() and not self._response.closed:
-            self._linger = asyncio.get_running_loop().call_later(LINGER_SECONDS, self._response.close)
-            self._response.content.on_eof(self._forget_linger)
+        content = self._response.content
+        if self._closed:
+            return
+        if content.exception() is not None:
+            self.close()
+        elif self._linger is None and not content.at_eof():
+            self._linger = asyncio.get_running_loop().call_later(LINGER_SECONDS, self.close)
+            self._lingering.add(self)
+            content.on_eof(self._forget_linger)
 
     def close(self) -> None:
+        self._closed = True
         self._forget_linger()
         self._response.close()
 
     def _forget_linger(self) -> None:
+        self._lingering.discard(self)
         if self._linger is not None:
             self._linger.cancel()
             self._linger = None

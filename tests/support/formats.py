@@ -26,7 +26,7 @@ def data(found: Any, blank: bytes = b"\n\n") -> bytes:
 
 def named(event: Json) -> bytes:
     """An event with its type as its name, as Anthropic and Cohere send them."""
-    return b"event: " + event["type"].encode() + b"\n" + data(event)
+    return b"event: %b\n" % str(event["type"]).encode() + data(event)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _anthropic() -> Format:
     def stop(index: int) -> bytes:
         return named({"type": "content_block_stop", "index": index})
 
-    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [], "stop_reason": None}
+    message: Json = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [], "stop_reason": None}
     usage = {"input_tokens": 7, "output_tokens": 1}
     events = (
         named({"type": "message_start", "message": {**message, "usage": usage}}),
