@@ -16,7 +16,6 @@ from proxy.pipeline import Handler
 from proxy.reply import Reply
 from proxy.units import Between, Seconds
 
-
 Limit = Annotated[Seconds, Between(0.001, 86400)]
 
 

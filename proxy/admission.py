@@ -102,7 +102,7 @@ def request_id(headers: Mapping[str, str]) -> str:
 
 def _unique() -> str:
     """16 hex digits; they tell requests apart, nothing depends on their being secret."""
-    return f"{random.getrandbits(64):016x}"  # noqa: S311
+    return f"{random.getrandbits(64):016x}"
 
 
 Own = dict[str, tuple[Any, str]]

@@ -49,7 +49,7 @@ class Gateway:
     async def __aenter__(self) -> Gateway:
         config = self.config
         self.http = HttpTransport.open()
-        transports: dict[str, Transport] = {api: self.http for api in WIRES}
+        transports: dict[str, Transport] = dict.fromkeys(WIRES, self.http)
         transports["demo"] = DemoTransport()
         transports.update(self._transports)
         layers = [spec.factory(**spec.options) for spec in config.middleware]

@@ -90,7 +90,8 @@ class Call:
     id: the request id, shown to the client. nonce: unique even where a client repeats its request id; minted ids derive from it.
     created: Unix seconds at which the request was read.
     request: the JSON body without the gateway's own fields. model: as the client spelled it.
-    headers: the client's, whatever the case of their names. targets: where the model leads, in order. target: the one that the current attempt is made at.
+    headers: the client's, whatever the case of their names.
+    targets: where the model leads, in order. target: the one that the current attempt is made at.
     """
 
     id: str

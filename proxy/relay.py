@@ -5,7 +5,7 @@ run to its end, so that what middleware does after its loop is done before the c
 and `[DONE]` leave in one write.
 The one rule: a stream that did not complete never looks complete: it ends with an error chunk, without `[DONE]`.
 
-A slow client slows the upstream, because every write is awaited. A client that takes nothing for `write_timeout` is noticed by one
+A slow client slows the upstream, because every write is awaited. One that takes nothing for `write_timeout` is noticed by one
 timer per stream that looks at the clock when it fires (`_Patience`), never by a timer per write.
 """
 

@@ -13,7 +13,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -53,7 +53,7 @@ class ServerSettings:
     body_timeout: float = 30.0
     write_timeout: float = 60.0
     loopback_only: bool = True
-    defaults: Defaults = Defaults()
+    defaults: Defaults = field(default_factory=Defaults)
 
 
 class Edge:
@@ -199,10 +199,10 @@ class Edge:
             message = f"The body did not arrive within {self._settings.body_timeout:g} s."
             raise Refused(message, status=408, code="body_timeout", headers={"Connection": "close"}) from None
 
-    async def drained(self, timeout: float) -> bool:
-        """Wait until no call is open, at most `timeout` seconds."""
+    async def drained(self, seconds: float) -> bool:
+        """Wait until no call is open, at most `seconds`."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(seconds):
                 await self._idle.wait()
         return not self._active
 

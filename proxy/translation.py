@@ -168,7 +168,7 @@ def endpoint(provider: Provider, model: str, path: str, query: Mapping[str, str]
 
 
 def headers(provider: Provider, key_header: str = "Authorization", extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Request headers: JSON both ways, no compression (a compressed stream cannot be relayed as it comes), the key, the row's own."""
+    """Request headers: JSON, no compression (a compressed stream cannot be relayed as it comes), the key, the row's own."""
     found = {"Content-Type": "application/json", "Accept-Encoding": "identity", **(extra or {})}
     if provider.api_key:
         name = provider.key_header or key_header

@@ -41,7 +41,7 @@ def last(batch: Batch, trailer: Trailer, options: Options) -> bytes:
 
 
 def ending(chunks: Sequence[Item], trailer: Trailer, options: Options) -> bytes:
-    """Finish chunks in a face's form, with usage beside or behind them; the chunks themselves may be shared and stay as they are."""
+    """Finish chunks in a face's form, with usage beside or behind them; the chunks may be shared and stay as they are."""
     usage = trailer.usage
     last = chunks[-1] if chunks else None
     if usage is None or not isinstance(last, dict):

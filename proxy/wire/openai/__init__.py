@@ -1,4 +1,4 @@
-"""The `openai` wire format: chat, text completions and embeddings, as OpenAI and the many vendors that speak its format have them.
+"""The `openai` wire format: chat, text completions and embeddings, as OpenAI and the vendors that speak its format have them.
 
 A vendor is a row in config.yaml, never code: what differs between vendors is a field of the row (`proxy.call.Provider`) or one
 of the small named functions in `quirks`.

@@ -1,8 +1,8 @@
 """Streams: chunks that are nearly right already.
 
 Strategy: three ways, from fast to thorough. A chunk that is byte for byte like an earlier one but for its text is not even parsed
-(`proxy.wire.openai.template`); one that carries just text is recognized by a few look-ups and only gets the stream's own id, created
-and model (`_plain`); every other goes the long way, part by part, through the quirks.
+(`template`); one that carries just text is recognized by a few look-ups and only gets the stream's own id, created and model
+(`_plain`); every other goes the long way, part by part, through the quirks.
 The one rule: all ways give the same chunk, and no field that a vendor sends is lost: what stands beside an empty delta
 (Azure's filter results, citations, fingerprints) waits for the next chunk that leaves.
 
@@ -33,7 +33,7 @@ EMPTY: tuple[object, ...] = (None, "", [], {})
 
 
 class Decoder(SseDecoder):
-    """`chat.completion.chunk` and `text_completion` streams; ends at `[DONE]`, or at a clean HTTP end after the finish reasons."""
+    """`chat.completion.chunk` and `text_completion` streams; end: `[DONE]`, or a clean HTTP end after the finish reasons."""
 
     ends_at_eof = True
 

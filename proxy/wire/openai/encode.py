@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from proxy.call import Call, Provider, Target
-from proxy.transport import UpstreamRequest
 from proxy.translation import endpoint, headers, json_body
+from proxy.transport import UpstreamRequest
 
 Json = dict[str, Any]
 

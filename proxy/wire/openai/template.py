@@ -20,7 +20,7 @@ LESSONS = 4
 
 
 class Template:
-    """What surrounds the text of a stream's text chunks. Learning is tried a few times: some vendors put a clock or padding in."""
+    """What surrounds the text of a stream's text chunks. Learning is tried a few times: some vendors put a clock in."""
 
     __slots__ = ("_lessons", "after", "before", "head", "least", "tail")
 
