@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from proxy.call import Call
-from proxy.errors import GatewayError, Outcome
+from proxy.errors import GatewayError, Outcome, why_cancelled
 from proxy.pipeline import Handler
 from proxy.reply import Reply, Trailer
 
@@ -33,8 +33,11 @@ class Tracking:
         except GatewayError as error:
             self._line(call, started, error.outcome, status=error.status, code=error.code)
             raise
-        except asyncio.CancelledError:
-            self._line(call, started, Outcome.CLIENT_GONE)
+        except asyncio.CancelledError as error:
+            self._line(call, started, why_cancelled(error))
+            raise
+        except Exception:
+            self._line(call, started, Outcome.GATEWAY_ERROR, status=500)
             raise
         first = self.clock() - started
         reply.trailer.on_end(lambda trailer: self._ended(call, started, first, reply, trailer))

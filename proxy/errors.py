@@ -37,6 +37,11 @@ class Outcome(StrEnum):
     GATEWAY_ERROR = "gateway_error"
 
 
+def why_cancelled(error: BaseException) -> Outcome:
+    """Whoever cancels a call may say why, with an outcome as the cancellation's message; without one its client has left."""
+    return next((found for found in error.args if isinstance(found, Outcome)), Outcome.CLIENT_GONE)
+
+
 class GatewayError(Exception):
     """A call that ends without its reply.
 

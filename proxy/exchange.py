@@ -134,6 +134,9 @@ class _Single:
     def __init__(self, batch: Batch) -> None:
         self._batch: Batch | None = batch
 
+    async def aclose(self) -> None:
+        self._batch = None
+
     def __aiter__(self) -> _Single:
         return self
 

@@ -12,6 +12,7 @@ Chunk shape: https://platform.openai.com/docs/api-reference/chat-streaming
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 import orjson
 
 from proxy.errors import GatewayError, Outcome
+
+log = logging.getLogger("penstock")
 
 Json = dict[str, Any]
 Chunk = Json
@@ -120,7 +123,10 @@ class Trailer:
         self.error = error
         self.release()
         for callback in self._callbacks:
-            callback(self)
+            try:
+                callback(self)
+            except Exception:
+                log.exception("A callback at the end of a reply failed.")
         self._callbacks.clear()
 
 

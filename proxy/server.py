@@ -12,9 +12,9 @@ import contextlib
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import structlog
@@ -23,7 +23,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from proxy.admission import Defaults, admit, parse_json, request_id
 from proxy.call import Call
-from proxy.errors import Draining, GatewayError, Refused
+from proxy.errors import Draining, GatewayError, Outcome, Refused
 from proxy.faces import FACES, Face
 from proxy.pipeline import Handler
 from proxy.relay import Relay
@@ -33,6 +33,7 @@ from proxy.routing import Directory
 log = structlog.get_logger("penstock")
 
 Json = dict[str, Any]
+T = TypeVar("T")
 BASES = ("", "/v1", "/v2", "/api/v1", "/v2/proxy", "/v2/router", "/v3/router")
 ENDPOINTS: Mapping[str, Face] = {base + path: face for base in BASES for path, face in FACES.items()}
 MODELS = tuple(base + "/models" for base in BASES)
@@ -152,11 +153,11 @@ class Edge:
         self._idle.clear()
         try:
             started = time.perf_counter()
-            body = parse_json(await self._body(request, headers), self._settings.defaults.max_depth)
+            body = parse_json(await self._unless_ended(self._body(request, headers)), self._settings.defaults.max_depth)
             face.check(body)
             call = admit(body, face.KIND, headers, self._directory, self._settings.defaults, identity)
             try:
-                reply = await self._answer(call)
+                reply = await self._unless_ended(self._handler(call))
                 relay = self._active[task] = Relay(request, call, reply, face, self._settings.write_timeout)
                 return await relay.run(_head_headers(call, reply.head, time.perf_counter() - started))
             except GatewayError as error:
@@ -166,10 +167,10 @@ class Edge:
             if not self._active:
                 self._idle.set()
 
-    async def _answer(self, call: Call) -> Reply:
-        """The pipeline's reply. A cancellation that `end_all` caused is told to the client; any other means that it is gone."""
+    async def _unless_ended(self, waiting: Awaitable[T]) -> T:
+        """What is waited for. A cancellation that `end_all` caused is told to the client; any other means that it is gone."""
         try:
-            return await self._handler(call)
+            return await waiting
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not self._ending or task is None:
@@ -211,7 +212,7 @@ class Edge:
         self._ending = True
         for task, relay in list(self._active.items()):
             if relay is None:
-                task.cancel()
+                task.cancel(Outcome.DRAINING)
             else:
                 relay.interrupt(Draining("The gateway is shutting down."))
 

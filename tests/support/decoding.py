@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from proxy.call import Call, Provider, Target
@@ -94,4 +95,4 @@ def byte_by_byte(body: bytes) -> list[bytes]:
 def split_at(body: bytes, cuts: Iterable[int]) -> list[bytes]:
     """The body cut at the given offsets (taken modulo its length)."""
     edges = [0, *sorted({cut % (len(body) or 1) for cut in cuts}), len(body)]
-    return [body[a:b] for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    return [body[a:b] for a, b in pairwise(edges) if a < b]

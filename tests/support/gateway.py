@@ -65,7 +65,8 @@ class Answer:
 
     @property
     def json(self) -> Json:
-        return json.loads(self.body)
+        found: Json = json.loads(self.body)
+        return found
 
     @property
     def chunks(self) -> list[Json]:
@@ -79,7 +80,8 @@ class Answer:
     def error(self) -> Json | None:
         """The error of an error chunk, or of an error envelope."""
         if self.status >= 400:
-            return self.json["error"]
+            found: Json = self.json["error"]
+            return found
         return self.chunks[-1].get("error") if self.chunks else None
 
     @property
@@ -101,13 +103,13 @@ async def ask(
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session,
         session.post(f"http://127.0.0.1:{port}{path}", data=raw, headers=fields) as response,
     ):
-        parts, clean = [], True
+        body, clean = bytearray(), True
         try:
             async for data in response.content.iter_any():
-                parts.append(data)
+                body += data
         except aiohttp.ClientPayloadError:
             clean = False
-        return answer_of(response.status, response.headers, b"".join(parts), clean)
+        return answer_of(response.status, response.headers, bytes(body), clean)
 
 
 def answer_of(status: int, headers: Mapping[str, str], body: bytes, clean: bool = True) -> Answer:
@@ -122,7 +124,7 @@ def answer_of(status: int, headers: Mapping[str, str], body: bytes, clean: bool 
 async def until(condition: Any, seconds: float = 2.0) -> None:
     """Wait for a condition that the event loop will bring about; fails after `seconds`."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - a test waits for what nobody announces
             await asyncio.sleep(0.002)
 
 

@@ -1,7 +1,7 @@
-"""A provider at the network's edge: a raw TCP server that answers with exactly the bytes a test wants, and remembers who was there.
+"""A provider at the network's edge: a raw TCP server that answers with exactly the bytes a test wants, and remembers who came.
 
-It speaks just enough HTTP/1.1 to read a request; every answer is written as the test's own coroutine decides, so that cuts, resets,
-silence, odd framing and slow writers are all one line.
+It speaks just enough HTTP/1.1 to read a request; every answer is written as the test's own coroutine decides, so that cuts,
+resets, silence, odd framing and slow writers are all one line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Asked:
 
     @property
     def json(self) -> Json:
-        return json.loads(self.body)
+        found: Json = json.loads(self.body)
+        return found
 
 
 @dataclass
@@ -184,7 +185,7 @@ async def _gone(line: Line) -> None:
         if transport.is_closing() and line.reader.at_eof():
             return
         if line.reader._buffer:  # type: ignore[attr-defined]
-            return await asyncio.Event().wait()  # type: ignore[func-returns-value]
+            await asyncio.Event().wait()
         try:
             await line.reader._wait_for_data("gone")  # type: ignore[attr-defined]
         except ConnectionError:

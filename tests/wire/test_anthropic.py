@@ -22,6 +22,7 @@ from openai.lib.streaming._deltas import accumulate_delta
 
 from proxy.call import Options
 from proxy.errors import Malformed, Refused, UpstreamCut, UpstreamError
+from proxy.reply import Batch
 from proxy.wire import anthropic
 from tests.support.decoding import Decoded, byte_by_byte, decode, make_call, make_target, split_at, unnumbered
 
@@ -716,7 +717,7 @@ def test_silence_after_the_stop_reason_is_an_end():
     decoder = anthropic.Decoder(make_call(), target())
     decoder.feed(sse(START, *HELLO, ending("end_turn")))
     assert decoder.finished
-    assert decoder.settle()[-1]["choices"][0]["finish_reason"] == "stop"
+    assert Batch(decoder.settle()).chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize("framing", ["event: error\n", ""])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from proxy.call import Options
 from proxy.errors import GatewayError, Malformed, Outcome, Refused, UpstreamCut, UpstreamError
+from proxy.reply import Batch
 from proxy.wire.gemini import Decoder, decode_error, decode_whole, encode
 from proxy.wire.gemini.decode import FAILURES, FINISH_REASONS
 from proxy.wire.gemini.partial_args import PartialArguments, parse_path
@@ -679,10 +680,10 @@ def test_finish_reasons_as_numbers_are_understood():
 def test_nothing_finishes_before_the_http_end_but_silence_after_a_finish_reason_is_one():
     decoder = Decoder(make_call({"stream": True}), make_target("gemini"))
     assert decoder.finished is False
-    chunks = decoder.feed(sse(response([{"text": "x"}])))
+    chunks = Batch(decoder.feed(sse(response([{"text": "x"}])))).chunks
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None]
     assert (bool(decoder.finished), decoder.ended) == (True, False)
-    assert [chunk["choices"][0]["finish_reason"] for chunk in decoder.settle()] == ["stop"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in Batch(decoder.settle()).chunks] == ["stop"]
 
 
 ERROR = {"error": {"code": 503, "message": "The model is overloaded.", "status": "UNAVAILABLE"}}
