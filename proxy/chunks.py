@@ -15,24 +15,37 @@ from __future__ import annotations
 from typing import Any
 
 from proxy.call import Call
-from proxy.reply import Chunk, Item, Usage
+from proxy.reply import LISTS, Chunk, Item, Usage
 
 Json = dict[str, Any]
 
-# List-valued fields of a delta. The SDKs' accumulators add lists up by each entry's `index`, and raise where there is none.
-LISTS = frozenset({"annotations", "provider_blocks", "images"})
-
 
 class ToolCall:
-    """One tool call of a choice: its number in the normalized stream, its id, and the argument text so far."""
+    """One tool call of a choice: its number in the normalized stream, its id, and the argument text so far.
 
-    __slots__ = ("arguments", "id", "index", "name")
+    kind: `function`, or `custom` for OpenAI's custom tools, whose text is called `input`.
+    """
 
-    def __init__(self, index: int, id: str, name: str) -> None:
+    __slots__ = ("_parts", "id", "index", "kind", "name")
+
+    def __init__(self, index: int, id: str, name: str, kind: str) -> None:
         self.index = index
         self.id = id
         self.name = name
-        self.arguments = ""
+        self.kind = kind
+        self._parts: list[str] = []
+
+    @property
+    def arguments(self) -> str:
+        """Joined when somebody looks: adding to one text with every delta would take quadratic time."""
+        if len(self._parts) > 1:
+            self._parts = ["".join(self._parts)]
+        return self._parts[0] if self._parts else ""
+
+    def add(self, text: str) -> Json:
+        """Note more argument text; returns it as a delta has it."""
+        self._parts.append(text)
+        return {"input": text} if self.kind == "custom" else {"arguments": text}
 
 
 class Choice:
@@ -79,7 +92,7 @@ class ChunkStream:
         """The provider's own id and Unix time; the first ones that say something count, and none after the first chunk."""
         if not self.id and id:
             self.id = str(id)
-        if not self.created and isinstance(created, int | float) and created:
+        if not self.created and isinstance(created, int | float) and 0 < created < 2**53 and created is not True:
             self.created = int(created)
 
     def choice(self, index: int = 0) -> Choice:
@@ -96,26 +109,34 @@ class ChunkStream:
             delta = {"role": "assistant", **delta}
         self._emit(index, choice, delta, None)
 
-    def open_tool(self, key: object, id: object, name: str, text: str = "", index: int = 0) -> ToolCall:
-        """A tool call begins. key: what the provider will call it by; text: argument text that came with it.
+    def open_tool(
+        self,
+        key: object,
+        id: object,
+        name: str,
+        text: str = "",
+        index: int = 0,
+        extras: Json | None = None,
+        kind: str = "function",
+    ) -> ToolCall:
+        """A tool call begins. key: what the provider will call it by; text: argument text that came with it; extras: its further
+        fields, kept as they are.
 
         A missing id is made: unique over requests, and the same for any split of the bytes.
         """
         choice = self.choice(index)
         number = len(choice.tools)
-        tool = ToolCall(number, str(id) if id else f"call_{self._call.nonce}_{index}_{number}", name)
-        tool.arguments = text
+        tool = ToolCall(number, str(id) if id else f"call_{self._call.nonce}_{index}_{number}", name, kind)
         choice.tools.append(tool)
         choice.by_key[key] = tool
-        function = {"name": name, "arguments": text}
-        self.put({"tool_calls": [{"index": number, "id": tool.id, "type": "function", "function": function}]}, index)
+        first = {"index": number, "id": tool.id, "type": kind, kind: {"name": name, **tool.add(text)}}
+        self.put({"tool_calls": [{**(extras or {}), **first}]}, index)
         return tool
 
     def tool_text(self, tool: ToolCall, text: str, index: int = 0) -> None:
         """More argument text of an open tool call."""
         if text:
-            tool.arguments += text
-            self.put({"tool_calls": [{"index": tool.index, "function": {"arguments": text}}]}, index)
+            self.put({"tool_calls": [{"index": tool.index, tool.kind: tool.add(text)}]}, index)
 
     def finish(self, reason: str, native: str | None, index: int = 0) -> None:
         """Note a choice's finish reason; a later one replaces it. Nothing is sent before `end`."""
@@ -128,6 +149,11 @@ class ChunkStream:
     def finished(self) -> bool:
         """Every choice seen so far has its finish reason."""
         return bool(self.choices) and all(choice.finish_reason for choice in self.choices.values())
+
+    @property
+    def waiting(self) -> bool:
+        """Some field waits in `extras` for the next chunk."""
+        return bool(self.extras) or any(choice.extras for choice in self.choices.values())
 
     @property
     def empty(self) -> bool:

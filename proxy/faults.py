@@ -161,7 +161,10 @@ def _secrets(provider: Provider) -> tuple[tuple[re.Pattern[str], str], ...]:
     url = urlsplit(provider.base_url)
     if url.hostname:
         found += [(f"{url.scheme}://{url.netloc}", provider.name), (url.netloc, provider.name), (url.hostname, provider.name)]
-    return tuple((re.compile(rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])"), stand_in) for secret, stand_in in found)
+    return tuple(
+        (re.compile(rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])", re.IGNORECASE), stand_in)
+        for secret, stand_in in found
+    )
 
 
 def _without(secrets: tuple[tuple[re.Pattern[str], str], ...], text: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from proxy.reply import Chunk, Completion, Usage
+from proxy.reply import LISTS, Chunk, Completion, Usage
 
 Json = dict[str, Any]
 
@@ -40,6 +40,7 @@ def _add_choice(choices: dict[int, Json], choice: Json) -> None:
     _add_delta(whole["message"], choice["delta"])
     for name, value in choice.items():
         if name == "logprobs" and value and whole.get("logprobs"):
+            whole["logprobs"] = dict(whole["logprobs"])  # chunks may be shared: theirs stays as it is
             _join(whole["logprobs"], value)
         elif name not in CHOICE_FIELDS and (value is not None or name not in whole):
             whole[name] = value
@@ -47,23 +48,33 @@ def _add_choice(choices: dict[int, Json], choice: Json) -> None:
 
 def _add_delta(message: Json, delta: Json) -> None:
     for name, value in delta.items():
-        if name == "tool_calls":
+        if name == "role":
+            continue
+        if value is None or value == []:
+            message.setdefault(name, value)
+        elif name == "tool_calls":
             for call in value:
-                _add_tool_call(message.setdefault("tool_calls", []), call)
+                _add_tool_call(_list(message, name), call)
         elif name == "reasoning_details":
             for entry in value:
-                _add_detail(message.setdefault("reasoning_details", []), entry)
-        elif name == "role" or value is None:
-            continue
+                _add_detail(_list(message, name), entry)
         elif isinstance(value, str):
             message[name] = (message.get(name) or "") + value
         elif isinstance(value, list):
             # The index of an entry is for adding deltas up; a whole reply's lists have none.
-            message[name] = [*(message.get(name) or []), *map(_without_index, value)]
+            message[name] = [*(message.get(name) or []), *(map(_without_index, value) if name in LISTS else value)]
         elif isinstance(value, dict):
-            _join(message.setdefault(name, {}), value)
+            message[name] = dict(message.get(name) or {})
+            _join(message[name], value)
         else:
             message[name] = value
+
+
+def _list(message: Json, name: str) -> list[Json]:
+    if not message.get(name):
+        message[name] = []
+    found: list[Json] = message[name]
+    return found
 
 
 def _without_index(entry: Any) -> Any:
@@ -83,11 +94,15 @@ def _join(into: Json, more: Json) -> None:
 
 
 def _add_tool_call(calls: list[Json], delta: Json) -> None:
+    """A call's first delta opens it; later ones add to the text of its `function` (or `custom`)."""
     if delta["index"] == len(calls):
-        calls.append({name: value for name, value in delta.items() if name not in ("index", "function")} | {"function": {}})
-        calls[-1]["function"] = dict(delta["function"])
-    else:
-        calls[delta["index"]]["function"]["arguments"] += delta["function"].get("arguments") or ""
+        fields = {name: value for name, value in delta.items() if name != "index"}
+        calls.append({name: dict(value) if isinstance(value, dict) else value for name, value in fields.items()})
+        return
+    call = calls[delta["index"]]
+    for name, value in delta.items():
+        if name in ("function", "custom"):
+            _join(call[name], value)
 
 
 def _add_detail(details: list[Json], entry: Json) -> None:
@@ -105,6 +120,13 @@ def _add_detail(details: list[Json], entry: Json) -> None:
 
 def _closed(choice: Json) -> Json:
     return {"index": choice["index"], "message": choice["message"], **choice}
+
+
+def _numbered(entries: Any) -> Any:
+    """List entries with the index by which the SDKs add deltas up."""
+    return [
+        {**entry, "index": number} if isinstance(entry, dict) else entry for number, entry in enumerate(entries or [])
+    ] or entries
 
 
 def unfold(completion: Completion) -> tuple[list[Chunk], list[Chunk], Usage | None]:
@@ -125,6 +147,8 @@ def unfold(completion: Completion) -> tuple[list[Chunk], list[Chunk], Usage | No
             message.pop("content", None)
         if message.get("tool_calls"):
             message["tool_calls"] = [{"index": number, **call} for number, call in enumerate(message["tool_calls"])]
+        for name in LISTS & message.keys():
+            message[name] = _numbered(message[name])
         content.append({**head, "choices": [{"index": choice["index"], "delta": message, "finish_reason": None, **rest}]})
         last = {"index": choice["index"], "delta": {}, "finish_reason": choice["finish_reason"]}
         last["native_finish_reason"] = choice.get("native_finish_reason")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import json
 import logging
 import sys
 import time
@@ -74,4 +75,7 @@ def _stamp(logger: WrappedLogger, level: str, event: EventDict) -> EventDict:
 
 
 def _render(logger: WrappedLogger, level: str, event: EventDict) -> bytes:
-    return orjson.dumps(event, default=str)
+    try:
+        return orjson.dumps(event, default=str)
+    except TypeError:  # a lone surrogate, out of bytes in a header that are no UTF-8
+        return json.dumps(event, default=str).encode()

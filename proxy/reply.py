@@ -29,6 +29,9 @@ Item = Chunk | bytes
 Completion = Json
 Usage = Json
 
+# List-valued fields of a delta. The SDKs' accumulators add lists up by each entry's `index`, and raise where there is none.
+LISTS = frozenset({"annotations", "provider_blocks", "images"})
+
 
 class Batch:
     """The chunks of one upstream read.

@@ -27,7 +27,7 @@ from proxy.errors import Draining, GatewayError, Outcome, Refused
 from proxy.faces import FACES, Face
 from proxy.pipeline import Handler
 from proxy.relay import Relay
-from proxy.reply import Head, Reply
+from proxy.reply import Head
 from proxy.routing import Directory
 
 log = structlog.get_logger("penstock")

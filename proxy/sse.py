@@ -70,7 +70,12 @@ class Framer:
         if rest:
             self._keep(rest)
         events: list[bytes] = []
+        oversized = len(data) > self._limit
         for piece in pieces:
+            if oversized and len(piece) >= self._limit:
+                self.overflow = True
+                self._parts.clear()
+                return events
             if piece[:6] == b"data: " and piece.find(b"\n", 6) < 0:
                 events.append(piece[6:])
             else:
@@ -81,6 +86,8 @@ class Framer:
         """What the end of the stream completes: an event whose blank line never came."""
         rest = b"".join(self._parts)
         self._parts.clear()
+        if self._at_start:
+            rest = rest.removeprefix(b"\xef\xbb\xbf")
         return _events(rest)
 
     def _keep(self, data: bytes) -> None:

@@ -71,8 +71,9 @@ class Decoded:
         for call in delta.get("tool_calls") or []:
             if "id" in call:
                 assert call["index"] == len(tools), "tool calls are numbered 0, 1, 2…"
-                tools.append({"id": call["id"], "name": call["function"]["name"], "arguments": ""})
-            tools[call["index"]]["arguments"] += call["function"]["arguments"]
+                tools.append({"id": call["id"], "name": call[call["type"]]["name"], "arguments": ""})
+            said = call.get("function") or {"arguments": call["custom"]["input"]}
+            tools[call["index"]]["arguments"] += said["arguments"]
         if choice["finish_reason"] is not None:
             assert index not in self.finish, "one finish reason per choice"
             self.finish[index] = (choice["finish_reason"], choice.get("native_finish_reason"))

@@ -103,13 +103,13 @@ async def ask(
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session,
         session.post(f"http://127.0.0.1:{port}{path}", data=raw, headers=fields) as response,
     ):
-        body, clean = bytearray(), True
+        received, clean = bytearray(), True
         try:
             async for data in response.content.iter_any():
-                body += data
+                received += data
         except aiohttp.ClientPayloadError:
             clean = False
-        return answer_of(response.status, response.headers, bytes(body), clean)
+        return answer_of(response.status, response.headers, bytes(received), clean)
 
 
 def answer_of(status: int, headers: Mapping[str, str], body: bytes, clean: bool = True) -> Answer:

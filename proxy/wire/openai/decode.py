@@ -29,6 +29,9 @@ Json = dict[str, Any]
 TOP_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "obfuscation", "p"})
 CHOICE_FIELDS = frozenset({"index", "delta", "message", "text", "finish_reason", "native_finish_reason", "usage", "logprobs"})
 DELTA_FIELDS = frozenset({"role", "content", "reasoning_content", "reasoning", "tool_calls", "index"})
+# What the long way has to see: citations become annotations, x_groq may hold usage.
+LONG_WAY = frozenset({"citations", "search_results", "x_groq"})
+TOOL_FIELDS = frozenset({"index", "id", "type", "function", "custom"})
 EMPTY: tuple[object, ...] = (None, "", [], {})
 
 
@@ -43,6 +46,7 @@ class Decoder(SseDecoder):
         self._native_ids: dict[ToolCall, str] = {}
         self._unnamed: dict[tuple[int, object], tuple[str, str]] = {}
         self._seen: Json = {}
+        self._waiting = False
         self._template = Template()
 
     def feed(self, data: bytes) -> list[Item]:
@@ -51,7 +55,7 @@ class Decoder(SseDecoder):
             return []
         template, put_event = self._template, self.stream.put_event
         for payload in self.framer.feed(data):
-            if (event := template.fill(payload)) is not None:
+            if not self._waiting and type(payload) is bytes and (event := template.fill(payload)) is not None:
                 put_event(event)
                 continue
             if payload == b"[DONE]":
@@ -67,6 +71,7 @@ class Decoder(SseDecoder):
                         template.learn(payload, chunk)
                         continue
                     self.guarded(chunk)
+                    self._waiting = self.stream.waiting
                 else:
                     self._payload(payload)
             if self.over():
@@ -78,16 +83,18 @@ class Decoder(SseDecoder):
     def _plain(self, chunk: Json) -> bool:
         """A text delta of a choice that has begun, with nothing else to see to: stamp it and send it on as it is."""
         choices = chunk.get("choices")
-        if type(choices) is not list or len(choices) != 1:
+        if type(choices) is not list or len(choices) != 1 or self._waiting or not LONG_WAY.isdisjoint(chunk):
             return False
         choice = choices[0]
-        if type(choice) is not dict or choice.get("index") not in self._open or "message" in choice:
+        if type(choice) is not dict or type(index := choice.get("index")) is not int or index not in self._open:
             return False
         delta = choice.get("delta")
+        if "message" in choice or choice.get("usage") is not None:
+            return False
         if type(delta) is not dict or len(delta) != 1 or chunk.get("usage") is not None or "error" in chunk:
             return False
         text = delta.get("content")
-        if type(text) is not str or not text or choice.get("finish_reason") is not None or self.stream.extras:
+        if type(text) is not str or not text or choice.get("finish_reason") is not None:
             return False
         chunk.pop("usage", None)
         choice["finish_reason"] = None
@@ -112,7 +119,8 @@ class Decoder(SseDecoder):
         for index, choice in self.stream.choices.items():
             # No arguments at all are an empty object, or the client's parser fails; unless the provider was cut off before them.
             for tool in choice.tools if choice.finish_reason != "length" else ():
-                self.stream.tool_text(tool, "" if tool.arguments else "{}", index)
+                if tool.kind == "function":
+                    self.stream.tool_text(tool, "" if tool.arguments else "{}", index)
         super().end()
 
     def event(self, chunk: Json) -> None:
@@ -129,7 +137,10 @@ class Decoder(SseDecoder):
         self.stream.identify(chunk.get("id"), chunk.get("created"))
         annotations = self._beside_choices(chunk)
         for position, choice in enumerate(choices):
-            self._choice(choice, choice.get("index", position), annotations)
+            index = choice.get("index")
+            if index is not None and type(index) is not int:
+                raise TypeError("index")
+            self._choice(choice, position if index is None else index, annotations)
             annotations = []
 
     def _harmless(self, chunk: Json) -> bool:
@@ -160,10 +171,13 @@ class Decoder(SseDecoder):
         if annotations:
             found["annotations"] = [*found.get("annotations", []), *annotations]
         state = self.stream.choice(index)
-        state.extras.update({name: value for name, value in choice.items() if name not in CHOICE_FIELDS and value not in EMPTY})
+        extras = {name: value for name, value in choice.items() if name not in CHOICE_FIELDS and value not in EMPTY}
         logprobs = choice.get("logprobs")
         if logprobs and any(logprobs.values()):
-            state.extras["logprobs"] = logprobs
+            extras["logprobs"] = logprobs
+        if state.started and state.extras.keys() & extras.keys():
+            self.stream.put({}, index)
+        state.extras.update(extras)
         if found:
             self.stream.put(found, index)
             self._open.add(index)
@@ -190,9 +204,10 @@ class Decoder(SseDecoder):
         return found
 
     def _tool_call(self, call: Json, index: int) -> None:
-        function = call.get("function") or {}
+        kind = "custom" if call.get("custom") else "function"
+        function = call.get(kind) or {}
         id, name, key = str(call.get("id") or ""), function.get("name") or "", call.get("index")
-        text = quirks.arguments_text(function.get("arguments"))
+        text = quirks.arguments_text(function.get("input" if kind == "custom" else "arguments"))
         choice = self.stream.choice(index)
         self._open.add(index)
         tool = quirks.same_call(choice, self._native_ids, key, id, name, text)
@@ -205,6 +220,7 @@ class Decoder(SseDecoder):
         if not name:
             self._unnamed[index, key] = (id, text)
             return
-        tool = self.stream.open_tool(key, id, name, text, index)
+        extras = {field: value for field, value in call.items() if field not in TOOL_FIELDS and value not in EMPTY}
+        tool = self.stream.open_tool(key, id, name, text, index, extras, kind)
         if id:
             self._native_ids[tool] = id

@@ -34,6 +34,9 @@ FINISH_REASONS = {
     "tool_use": "tool_calls",
     "tool_call": "tool_calls",
     "safety": "content_filter",
+    "blocklist": "content_filter",
+    "prohibited_content": "content_filter",
+    "spii": "content_filter",
     "recitation": "content_filter",
     "refusal": "content_filter",
     "content_filtered": "content_filter",
@@ -101,8 +104,10 @@ def usage_of(chunk: Json) -> Json | None:
 
 def split_content(content: Any) -> tuple[str, str, list[Json]]:
     """(text, reasoning, other parts) of a content: Mistral's Magistral sends a list of parts, others a string or null."""
-    if not isinstance(content, list):
+    if content is None or isinstance(content, str):
         return (content or "", "", [])
+    if not isinstance(content, list):
+        raise TypeError("content")
     text, thinking, other = [], [], []
     for part in content:
         if part.get("type") == "text":

@@ -26,11 +26,11 @@ def decode_whole(call: Call, target: Target, body: bytes) -> Completion:
         raise Malformed("The provider's reply is not JSON.") from None
     if not isinstance(found, dict):
         raise Malformed("The provider's reply is not a JSON object.")
-    if found.get("error") or found.get("object") == "error":
+    if found.get("error") or found.get("object") == "error" or found.get("type") == "error":
         raise in_band_error(error_words(found))
     try:
         return _embeddings(found, call) if call.kind == "embeddings" else _completion(found, call)
-    except (KeyError, TypeError, AttributeError) as fault:
+    except (KeyError, TypeError, AttributeError, ValueError) as fault:
         raise Malformed(f"The provider's reply has an unexpected shape ({type(fault).__name__}).") from None
 
 
@@ -45,14 +45,15 @@ def _completion(found: Json, call: Call) -> Completion:
         **found,
         "id": str(found.get("id") or f"chatcmpl-{call.nonce}"),
         "object": "chat.completion",
-        "created": int(found.get("created") or call.created),
+        "created": _time(found.get("created")) or call.created,
         "model": call.model,
         "choices": [_choice(choice, position, call) for position, choice in enumerate(found["choices"])],
     }
     if not completion["choices"]:
         raise Malformed("The provider's reply has no choices.")
     if annotations := quirks.annotations_of(found):
-        completion["choices"][0]["message"].setdefault("annotations", annotations)
+        message = completion["choices"][0]["message"]
+        message["annotations"] = [*(message.get("annotations") or []), *annotations]
     if usage := quirks.usage_of(found):
         completion["usage"] = quirks.usage(usage)
     return completion
@@ -60,7 +61,7 @@ def _completion(found: Json, call: Call) -> Completion:
 
 def _choice(choice: Json, position: int, call: Call) -> Json:
     message = dict(choice.get("message") or choice.get("delta") or {"content": choice["text"]})
-    index = choice.get("index", position)
+    index = choice["index"] if type(choice.get("index")) is int else position
     text, thinking, other = quirks.split_content(message.get("content"))
     message["role"] = message.get("role") or "assistant"
     message["content"] = text or (None if message.get("content") is None or thinking else "")
@@ -85,8 +86,15 @@ def _choice(choice: Json, position: int, call: Call) -> Json:
     }
 
 
+def _time(created: object) -> int:
+    """Unix seconds, or 0 for what is none."""
+    return int(created) if isinstance(created, int | float) and 0 < created < 2**53 else 0
+
+
 def _tool_call(tool: Json, number: int, index: int, call: Call) -> Json:
     """A call with an id (Gemini's compatible API leaves it empty) and its arguments as text."""
+    if tool.get("custom"):
+        return {name: value for name, value in tool.items() if name != "index"}
     function = tool.get("function") or {}
     arguments = quirks.arguments_text(function.get("arguments")) or "{}"
     return {

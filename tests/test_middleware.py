@@ -1,0 +1,288 @@
+"""The middlewares by themselves, around a hand-made next: what tracking says of each end, and which limit timeout names."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+import middleware
+from middleware.timeout import Timeout
+from middleware.tracking import Tracking
+from proxy.call import Call
+from proxy.errors import GatewayError, Outcome, Refused, UpstreamError, UpstreamTimeout
+from proxy.pipeline import Handler, compose
+from proxy.reply import Batch, Head, Reply, Trailer
+from tests.support.decoding import make_call
+
+Json = dict[str, Any]
+KEY = "sk-client-0123456789"
+SECRET = "the prompt, which nobody else may read"
+
+
+async def no_chunks() -> AsyncIterator[Batch]:
+    return
+    yield
+
+
+def reply(**fields: Any) -> Reply:
+    return Reply(Head("acme/m", **fields), no_chunks(), Trailer())
+
+
+def answers(found: Reply | BaseException) -> Handler:
+    async def handler(call: Call) -> Reply:
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    return handler
+
+
+def asked(**fields: Any) -> Call:
+    request = {"messages": [{"role": "user", "content": SECRET}], "metadata": {"k": KEY}, "stream": True}
+    return make_call(request, headers={"authorization": f"Bearer {KEY}"}, name="bot", **fields)
+
+
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def lines() -> Iterator[list[Json]]:
+    """The log lines, as their fields. A logger bound before is cached, so the capturing one is bound while this is on."""
+    before = structlog.get_config()
+    structlog.reset_defaults()
+    with structlog.testing.capture_logs() as found:
+        yield found  # type: ignore[misc]
+    structlog.configure(**before)
+
+
+@pytest.fixture
+def tracking(lines: list[Json]) -> Tracking:
+    made = Tracking()
+    made.clock = Clock()
+    return made
+
+
+class TestTracking:
+    async def test_a_completed_stream_is_one_line_when_it_has_ended(self, tracking: Tracking, lines: list[Json]) -> None:
+        clock = tracking.clock
+        assert isinstance(clock, Clock)
+        given = reply(attempts=2)
+
+        async def next(call: Call) -> Reply:
+            clock.now += 0.25
+            return given
+
+        got = await tracking(asked(), next)
+        assert got is given, "nothing per chunk: the reply goes through as it is"
+        assert lines == [], "the stream is still flowing"
+        clock.now += 1.0
+        got.trailer.usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+        got.trailer.finish_reasons = {0: "stop", 1: "length"}
+        got.trailer.end(Outcome.COMPLETED)
+        got.trailer.end(Outcome.CLIENT_GONE)
+        assert lines == [
+            {
+                "event": "request",
+                "log_level": "info",
+                "id": "req_1",
+                "kind": "chat",
+                "model": "public-model",
+                "name": "bot",
+                "stream": True,
+                "outcome": "completed",
+                "total_ms": 1250.0,
+                "target": "acme/m",
+                "attempts": 2,
+                "first_chunk_ms": 250.0,
+                "finish_reasons": ["stop", "length"],
+                "prompt_tokens": 10,
+                "completion_tokens": 5,
+            }
+        ]
+
+    @pytest.mark.parametrize("outcome", list(Outcome))
+    async def test_every_outcome_of_a_stream_is_named(self, tracking: Tracking, lines: list[Json], outcome: Outcome) -> None:
+        got = await tracking(asked(), answers(reply()))
+        got.trailer.end(outcome, UpstreamError("no", code="why"))
+        (line,) = lines
+        assert (line["outcome"], line["code"], line["target"]) == (outcome.value, "why", "acme/m")
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            UpstreamError("no", status=429, code="slow_down"),
+            Refused("no"),
+            UpstreamTimeout("first_chunk", 3),
+            UpstreamTimeout("connect", 3),
+            GatewayError("no"),
+        ],
+    )
+    async def test_an_error_before_the_first_chunk_is_a_line_and_goes_on(
+        self, tracking: Tracking, lines: list[Json], error: GatewayError
+    ) -> None:
+        with pytest.raises(GatewayError) as caught:
+            await tracking(asked(), answers(error))
+        assert caught.value is error
+        (line,) = lines
+        assert (line["outcome"], line["status"], line["code"]) == (error.outcome.value, error.status, error.code)
+
+    async def test_a_client_that_leaves_before_the_first_chunk_is_a_line(self, tracking: Tracking, lines: list[Json]) -> None:
+        entered = asyncio.Event()
+
+        async def next(call: Call) -> Reply:
+            entered.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        task = asyncio.create_task(tracking(asked(), next))
+        await entered.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [line["outcome"] for line in lines] == ["client_gone"]
+
+    async def test_a_fault_of_the_gateways_own_is_a_line(self, tracking: Tracking, lines: list[Json]) -> None:
+        """Section 3.9: each stream ends in exactly one outcome, which the log line names."""
+        with pytest.raises(ZeroDivisionError):
+            await tracking(asked(), answers(ZeroDivisionError()))
+        assert [line["outcome"] for line in lines] == ["gateway_error"]
+
+    async def test_a_reply_that_has_already_ended_is_a_line(self, tracking: Tracking, lines: list[Json]) -> None:
+        given = reply()
+        given.trailer.end(Outcome.COMPLETED)
+        await tracking(asked(), answers(given))
+        assert [line["outcome"] for line in lines] == ["completed"]
+
+    async def test_prompts_replies_and_keys_are_in_no_line(self, tracking: Tracking, lines: list[Json]) -> None:
+        got = await tracking(asked(), answers(reply()))
+        got.trailer.end(Outcome.UPSTREAM_ERROR, UpstreamError(f"echo: {SECRET} {KEY}"))
+        with pytest.raises(UpstreamError):
+            await tracking(asked(), answers(UpstreamError(f"echo: {SECRET} {KEY}")))
+        assert len(lines) == 2
+        assert SECRET not in json.dumps(lines)
+        assert KEY not in json.dumps(lines)
+
+    async def test_what_is_not_known_is_left_out(self, tracking: Tracking, lines: list[Json]) -> None:
+        got = await tracking(make_call(), answers(reply()))
+        got.trailer.end(Outcome.COMPLETED)
+        assert not {"name", "prompt_tokens", "completion_tokens", "code"} & set(lines[0])
+
+
+async def forever(call: Call) -> Reply:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+SHORT = 0.005
+
+
+class TestTimeout:
+    @pytest.mark.parametrize(
+        ("stream", "limits", "which", "seconds"),
+        [
+            (True, {"first_chunk_timeout": SHORT, "call_timeout": 60}, "first_chunk", SHORT),
+            (True, {"first_chunk_timeout": 60, "call_timeout": SHORT}, "call", SHORT),
+            (False, {"first_chunk_timeout": 60, "call_timeout": SHORT}, "call", SHORT),
+            (False, {"first_chunk_timeout": 0.001, "call_timeout": SHORT}, "call", SHORT),
+        ],
+        ids=["stream: first chunk", "stream: call is shorter", "whole", "whole: first_chunk is for streams"],
+    )
+    async def test_the_limit_that_ran_out_is_named(self, stream: bool, limits: Any, which: str, seconds: float) -> None:
+        with pytest.raises(UpstreamTimeout) as caught:
+            await Timeout(**limits)(make_call({"stream": stream}), forever)
+        error = caught.value
+        assert (error.which, error.status, error.code, error.outcome.value) == (
+            which,
+            504,
+            f"timeout_{which}",
+            f"timeout_{which}",
+        )
+        assert f"{seconds:g} s" in error.message
+
+    async def test_what_waited_is_cancelled(self) -> None:
+        cancelled = asyncio.Event()
+
+        async def next(call: Call) -> Reply:
+            try:
+                return await forever(call)
+            finally:
+                cancelled.set()
+
+        with pytest.raises(UpstreamTimeout):
+            await Timeout(call_timeout=SHORT)(make_call(), next)
+        assert cancelled.is_set()
+
+    async def test_limits_on_the_stream_are_handed_inward(self) -> None:
+        seen: list[Call] = []
+
+        async def next(call: Call) -> Reply:
+            seen.append(call)
+            return reply()
+
+        call = make_call({"stream": True})
+        await Timeout(connect_timeout=1, idle_timeout=2, first_chunk_timeout=3, call_timeout=4)(call, next)
+        assert (seen[0].limits.connect, seen[0].limits.idle) == (1, 2)
+        assert seen[0].request is call.request
+        assert (call.limits.connect, call.limits.idle) == (None, None)
+
+    async def test_a_reply_in_time_goes_through_as_it_is_and_no_timer_runs_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loop = asyncio.get_running_loop()
+        timers: list[asyncio.TimerHandle] = []
+        call_at = loop.call_at
+
+        def counted(*args: Any, **fields: Any) -> asyncio.TimerHandle:
+            timers.append(call_at(*args, **fields))
+            return timers[-1]
+
+        monkeypatch.setattr(loop, "call_at", counted)
+        given = reply()
+        assert await Timeout()(make_call({"stream": True}), answers(given)) is given
+        assert len(timers) == 1
+        assert timers[0].cancelled(), "a stream may last longer than its first chunk may take"
+
+    @pytest.mark.parametrize("error", [UpstreamError("no"), Refused("no"), UpstreamTimeout("connect", 1), ValueError("x")])
+    async def test_other_errors_pass(self, error: Exception) -> None:
+        with pytest.raises(type(error)) as caught:
+            await Timeout()(make_call(), answers(error))
+        assert caught.value is error
+
+    async def test_a_timeout_error_of_somebody_else_is_not_taken_for_ours(self) -> None:
+        error = TimeoutError("socket")
+        with pytest.raises(TimeoutError) as caught:
+            await Timeout()(make_call(), answers(error))
+        assert caught.value is error
+
+    async def test_a_client_that_leaves_is_not_a_timeout(self) -> None:
+        entered = asyncio.Event()
+
+        async def next(call: Call) -> Reply:
+            entered.set()
+            return await forever(call)
+
+        task = asyncio.create_task(Timeout()(make_call(), next))
+        await entered.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def test_under_tracking_the_timeout_is_the_lines_outcome(self, tracking: Tracking, lines: list[Json]) -> None:
+        with pytest.raises(UpstreamTimeout):
+            await compose([tracking, Timeout(call_timeout=SHORT)], forever)(asked())
+        assert [(line["outcome"], line["status"]) for line in lines] == [("timeout_call", 504)]
+
+
+def test_the_table_names_every_middleware_of_the_folder() -> None:
+    assert middleware.TABLE["tracking"] is Tracking
+    assert middleware.TABLE["timeout"] is Timeout
