@@ -50,7 +50,7 @@ class Tracking:
             started,
             trailer.outcome or Outcome.GATEWAY_ERROR,
             target=reply.head.target,
-            attempts=reply.head.attempts,
+            attempts=1 + len(reply.head.tries),
             first_chunk_ms=round(first * 1000, 1),
             finish_reasons=list(trailer.finish_reasons.values()),
             prompt_tokens=usage.get("prompt_tokens"),

@@ -1,7 +1,7 @@
 """From a request's JSON to a call: checked, its gateway fields taken out, its model resolved.
 
-Strategy: the gateway's own fields may stand at the top level, in `penstock: {…}` or in `orq: {…}`; the first place wins. They
-are taken out before anything goes upstream.
+Strategy: the gateway's own fields may stand at the top level, in `penstock: {…}` or in `orq: {…}` (`proxy.own_fields`); each
+middleware reads those that are its own. They are taken out before anything goes upstream.
 The one rule: a field of the wrong type is refused with its path before any upstream is called.
 """
 
@@ -10,25 +10,27 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from proxy.call import Call, Kind, Options
+from proxy.call import Call, Kind, Options, Principal
 from proxy.errors import Refused
+from proxy.own_fields import Field, OwnFields
 from proxy.routing import Directory
 
 Json = dict[str, Any]
 
 # Read by the gateway, or by middleware that may not be configured; never sent upstream. `metadata` alone also goes on.
-GATEWAY_FIELDS = (
+GATEWAY_FIELDS = frozenset({
     "penstock", "orq", "name", "cache", "timeout", "retry", "fallbacks", "models", "load_balancer",
     "identity", "contact", "thread", "usage_placement", "strict_params",
-)  # fmt: skip
+})  # fmt: skip
 SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 NAME_LIMIT = 128
+ANYBODY = Principal()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,30 +70,47 @@ def _deeper_than(found: object, depth: int) -> bool:
     return True
 
 
-def admit(body: Json, kind: Kind, headers: Mapping[str, str], directory: Directory, defaults: Defaults, request_id: str) -> Call:
-    """The call. headers: the client's, whatever the case of their names. Raises Refused (400, 404)."""
+def admit(
+    body: Json,
+    kind: Kind,
+    headers: Mapping[str, str],
+    directory: Directory,
+    defaults: Defaults,
+    request_id: str,
+    principal: Principal = ANYBODY,
+    layers: Sequence[Any] = (),
+) -> Call:
+    """The call. headers: the client's, whatever the case of their names. layers: the middleware, outermost first; those that read
+    request fields of their own (`FIELDS`, `admit`) do so here. Raises Refused (400, 403, 404).
+    """
     model = body.get("model")
     if not isinstance(model, str) or not model:
-        raise _wrong("model", "must be the name of a model")
-    stream = _flag(body, "stream")
-    own = _own_fields(body)
-    name = _name(own, headers)
-    options = _options(body, own, defaults)
-    if "n" in body and body["n"] is not None and (type(body["n"]) is not int or not 1 <= body["n"] <= 128):
-        raise _wrong("n", "must be a whole number from 1 to 128")
-    return Call(
+        raise Refused("model: must be the name of a model.", code="invalid_value", param="model")
+    if body.get("n") is not None:
+        Field(body["n"], "n").integer(1, 128)
+    own = OwnFields(body, headers)
+    route = directory.route(model)
+    fields = GATEWAY_FIELDS.union(*(getattr(layer, "FIELDS", ()) for layer in layers))
+    call = Call(
         id=request_id,
         nonce=_unique(),
         created=int(time.time()),
         kind=kind,
-        request={field: value for field, value in body.items() if field not in GATEWAY_FIELDS},
+        request={field: value for field, value in body.items() if field not in fields},
         model=model,
-        stream=stream,
-        options=options,
-        name=name,
-        targets=directory.resolve(model),
+        stream=body.get("stream") is not None and Field(body["stream"], "stream").flag(),
+        options=_options(body, own, defaults),
+        name=_name(own),
+        identity=_identity(own),
+        principal=principal,
+        route=route,
+        targets=route.targets,
         headers=headers,
     )
+    for layer in layers:
+        if (read := getattr(layer, "admit", None)) is not None:
+            call = read(call, own)
+    return call
 
 
 def request_id(headers: Mapping[str, str]) -> str:
@@ -105,63 +124,33 @@ def _unique() -> str:
     return f"{random.getrandbits(64):016x}"
 
 
-Own = dict[str, tuple[Any, str]]
-
-
-def _own_fields(body: Json) -> Own:
-    """The gateway's fields as (value, path), from all the places they may stand in: top level before `penstock` before `orq`."""
-    own: Own = {}
-    for place in ("orq", "penstock"):
-        found = body.get(place)
-        if found is not None and not isinstance(found, dict):
-            raise _wrong(place, "must be an object")
-        own.update({field: (value, f"{place}.{field}") for field, value in (found or {}).items() if value is not None})
-    for field in GATEWAY_FIELDS:
-        if body.get(field) is not None and field not in ("orq", "penstock"):
-            own[field] = (body[field], field)
-    return own
-
-
-def _name(own: Own, headers: Mapping[str, str]) -> str | None:
+def _name(own: OwnFields) -> str | None:
     """The tracking name: `name`, `penstock.name`, `orq.tracking.name`, `orq.name`, or the header."""
-    tracking, where = own.get("tracking", ({}, ""))
-    if not isinstance(tracking, dict):
-        raise _wrong(where, "must be an object")
-    name, path = own.get("name", (None, "name"))
-    if tracking.get("name") is not None and (name is None or path == "orq.name"):
-        name, path = tracking["name"], f"{where}.name"
-    if name is None:
-        name = headers.get("x-penstock-name")
-    if name is None or name == "":
-        return None
-    if not isinstance(name, str) or len(name) > NAME_LIMIT:
-        raise _wrong(path, f"must be a text of at most {NAME_LIMIT} characters")
-    return name
+    found = own.get("name")
+    tracking = own.get("tracking")
+    inside = tracking.get("name") if tracking else None
+    if inside is not None and (found is None or found.path == "orq.name"):
+        found = inside
+    name = found.text(NAME_LIMIT) if found else own.headers.get("x-penstock-name", "")[:NAME_LIMIT]
+    return name or None
 
 
-def _options(body: Json, own: Own, defaults: Defaults) -> Options:
-    stream_options = body.get("stream_options")
-    if stream_options is not None and not isinstance(stream_options, dict):
-        raise _wrong("stream_options", "must be an object")
-    placement, path = own.get("usage_placement", (None, ""))
-    if placement not in (None, "chunk", "finish"):
-        raise _wrong(path, "must be 'chunk' or 'finish'")
-    strict, path = own.get("strict_params", (None, ""))
-    if strict is not None and not isinstance(strict, bool):
-        raise _wrong(path, "must be true or false")
+def _identity(own: OwnFields) -> str | None:
+    """Who the client says its user is: `identity.id`, `contact.id`, or a header."""
+    for name in ("identity", "contact"):
+        if (found := own.get(name)) is not None and (inside := found.get("id")) is not None:
+            return inside.text(NAME_LIMIT)
+    headers = own.headers
+    return (headers.get("x-orq-identity-id") or headers.get("x-orq-contact-id") or "")[:NAME_LIMIT] or None
+
+
+def _options(body: Json, own: OwnFields, defaults: Defaults) -> Options:
+    placement, strict = own.get("usage_placement"), own.get("strict_params")
+    usage = None
+    if body.get("stream_options") is not None:
+        usage = Field(body["stream_options"], "stream_options").get("include_usage")
     return Options(
-        include_usage=_flag(stream_options or {}, "include_usage", "stream_options."),
-        usage_on_finish=defaults.usage_on_finish if placement is None else placement == "finish",
-        strict_params=defaults.strict_params if strict is None else strict,
+        include_usage=usage is not None and usage.flag(),
+        usage_on_finish=placement.one_of(("chunk", "finish")) == "finish" if placement else defaults.usage_on_finish,
+        strict_params=strict.flag() if strict else defaults.strict_params,
     )
-
-
-def _flag(body: Json, name: str, path: str = "") -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise _wrong(path + name, "must be true or false")
-    return bool(value)
-
-
-def _wrong(param: str, message: str) -> Refused:
-    return Refused(f"{param}: {message}.", code="invalid_value", param=param)

@@ -23,7 +23,7 @@ from proxy.admission import Defaults
 from proxy.config import Config
 from proxy.demo import DemoTransport
 from proxy.exchange import SETTLE_SECONDS, Exchange
-from proxy.pipeline import compose
+from proxy.pipeline import Middleware, Surroundings, compose
 from proxy.routing import Directory
 from proxy.server import Edge, ServerSettings, listen
 from proxy.transport import Transport
@@ -52,11 +52,15 @@ class Gateway:
         transports: dict[str, Transport] = dict.fromkeys(WIRES, self.http)
         transports["demo"] = DemoTransport()
         transports.update(self._transports)
-        layers = [spec.factory(**spec.options) for spec in config.middleware]
-        handler = compose(layers, Exchange(WIRES, transports, settle=self._settle))
-        self.edge = Edge(
-            handler, Directory(config.providers, config.routes, config.default_provider, int(time.time())), _settings(config)
-        )
+        self.layers: list[Middleware] = [spec.factory(**spec.options) for spec in config.middleware]
+        handler = compose(self.layers, Exchange(WIRES, transports, settle=self._settle))
+        directory = Directory(config.providers, config.routes, config.default_provider, int(time.time()))
+        self.edge = Edge(handler, directory, _settings(config), self.layers)
+        for layer in self.layers:
+            if hasattr(layer, "attach"):
+                layer.attach(Surroundings(self.layers, directory.route))
+            if hasattr(layer, "start"):
+                await layer.start()
         self._runner = web.ServerRunner(self.edge.server(), handle_signals=False, shutdown_timeout=0.1)
         await self._runner.setup()
         try:
@@ -87,6 +91,9 @@ class Gateway:
 
     async def _stop(self) -> None:
         await self._runner.cleanup()
+        for layer in reversed(self.layers):
+            if hasattr(layer, "close"):
+                await layer.close()
         await self.http.close()
 
 

@@ -23,7 +23,9 @@ class Provider:
     name: the row's key, the first segment of `provider/model`.
     api: the wire format, a key of `proxy.wire.WIRES`.
     base_url: without a trailing slash; `{model}` in it is replaced by the percent-encoded model (Azure's deployment path).
-    api_key: None where the provider takes none. key_header: None is the wire's own default header.
+    api_key: None where the provider takes none. further_keys: more keys of the same provider, to turn to on a 429.
+    callers_key: api_key is the caller's own, so what the provider says about it is the caller's business.
+    key_header: None is the wire's own default header.
     missing: the environment variable whose absence disables this row; calls get a 503 that names it.
     query: added to every URL (`api-version`). headers: added to every request.
     usage: how the upstream is asked for usage in a stream: `stream_options` (OpenAI's), `always` (it comes unasked), `none`.
@@ -37,6 +39,8 @@ class Provider:
     api: str
     base_url: str
     api_key: str | None = field(default=None, repr=False)
+    further_keys: tuple[str, ...] = field(default=(), repr=False)
+    callers_key: bool = False
     key_header: str | None = None
     missing: str | None = None
     query: tuple[tuple[str, str], ...] = field(default=(), repr=False)
@@ -60,14 +64,46 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """A model name and the targets it leads to.
+
+    name: the route's name in config.yaml; None for a model that was named as `provider/model`.
+    strategy: in which order targets are tried: `fallback` (as written), `weighted`, `least_latency`, `cheapest`.
+    weights: one per target, for `weighted`; empty means equal.
+    """
+
+    name: str | None
+    targets: tuple[Target, ...]
+    strategy: str = "fallback"
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who is calling, as auth says; without auth everybody is the anonymous one.
+
+    name: the key's name in config.yaml, for logs and metrics. admin: may use admin endpoints.
+    scope: keeps the caches, flights and sessions of different callers apart; unique per key (and per caller's own provider key).
+    facts: what the key's entry says beside that (limits, metadata), for the middleware that understands it.
+    """
+
+    name: str = "anonymous"
+    admin: bool = False
+    scope: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """How long an upstream may be silent, in seconds; None is no limit.
 
-    connect: until the connection stands. idle: between two batches of content, while a read is pending.
+    connect: until the connection stands. idle: between two batches of content, while a read is pending. total: over everything,
+    all attempts included; `Call.deadline` says when that is.
     """
 
     connect: float | None = None
     idle: float | None = None
+    total: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +127,9 @@ class Call:
     created: Unix seconds at which the request was read.
     request: the JSON body without the gateway's own fields. model: as the client spelled it.
     headers: the client's, whatever the case of their names.
-    targets: where the model leads, in order. target: the one that the current attempt is made at.
+    targets: where the model leads, in order; whoever chooses may reorder them.
+    target: the one that the current attempt is made at.
+    deadline: when everything must be over, by the event loop's clock. name: the tracking name. identity: the client's user.
     """
 
     id: str
@@ -103,8 +141,12 @@ class Call:
     stream: bool
     options: Options = Options()
     name: str | None = None
+    identity: str | None = None
+    principal: Principal = Principal()
+    route: Route = Route(None, ())
     targets: tuple[Target, ...] = ()
     target: Target | None = None
+    deadline: float | None = None
     limits: Limits = Limits()
     headers: Mapping[str, str] = field(default_factory=dict)
     extensions: Mapping[type, object] = field(default_factory=dict)

@@ -14,9 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from proxy import yamlfile
-from proxy.call import Provider, Target
+from proxy.call import Provider, Route, Target
 from proxy.reading import BASE_URLS, NO_URL, Factory, Known, Layer, Reading
-from proxy.routing import Route
 from proxy.schema import json_schema
 from proxy.shape import File, ProviderRow, Server
 

@@ -48,6 +48,7 @@ class GatewayError(Exception):
     status: the HTTP status for the client, as long as nothing was sent.
     type, code, param: the fields of the OpenAI error envelope beside `message`.
     headers: response headers that belong to the error (`Retry-After`, `Allow`).
+    tries: the attempts (`proxy.reply.Try`) that ended in it, where there was more than none.
     """
 
     status = 500
@@ -72,6 +73,7 @@ class GatewayError(Exception):
         self.code = code or self.code
         self.param = param
         self.headers: Mapping[str, str] = headers or {}
+        self.tries: tuple[Any, ...] = ()
 
     def envelope(self) -> Json:
         """`{"message", "type", "param", "code"}`, what stands under `error` in a body or a chunk."""

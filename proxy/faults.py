@@ -142,7 +142,7 @@ def _error(status: int, words: ErrorWords, headers: Mapping[str, str]) -> Upstre
 def presentable(error: GatewayError, provider: Provider) -> GatewayError:
     """The error as a client may see it: 401 and 403 are about the gateway's own key, so the client gets 502 `upstream_auth` and
     none of the provider's words; everywhere else the provider's key and host are taken out of the words."""
-    if isinstance(error, UpstreamError) and error.status in (401, 403):
+    if isinstance(error, UpstreamError) and error.status in (401, 403) and not provider.callers_key:
         message = f"The provider '{provider.name}' refused the gateway's credentials."
         hidden = UpstreamError(message, status=502, type="upstream_error", code="upstream_auth")
         hidden.native_status = error.status

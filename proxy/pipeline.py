@@ -10,20 +10,89 @@ The one rule: a middleware that takes a reply and does not return it closes it (
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from proxy.call import Call
+from proxy.call import Call, Principal, Route
 from proxy.reply import Reply
 
 Handler = Callable[[Call], Awaitable[Reply]]
 
 
 class Middleware(Protocol):
-    """A policy around calls. Its constructor's keywords and their annotations are its part of config.yaml's schema."""
+    """A policy around calls. Its constructor's keywords and their annotations are its part of config.yaml's schema.
+
+    Beside `__call__` it may have any of these (found by name, none is needed):
+
+        FIELDS: tuple[str, ...]                        request fields that are its own; they are never sent upstream
+        admit(call, own) -> Call                       read them (sync, before any upstream is called); raises Refused
+        authenticate(headers) -> Principal             who is calling, before the body is read; raises Refused 401
+        endpoints: Sequence[Endpoint]                  paths that it serves
+        samples() -> Iterable[Sample]                  its figures, asked for when somebody scrapes
+        health() -> dict                               its state, shown on /readyz?verbose
+        attach(surroundings) -> None                   what is around it, once, before the first call
+        async start() -> None / async close() -> None  with the gateway's own start and end
+    """
 
     async def __call__(self, call: Call, next: Handler) -> Reply: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A request to an endpoint. params: of the URL's query; principal: who asks."""
+
+    method: str
+    path: str
+    params: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: bytes
+    principal: Principal
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an endpoint answers."""
+
+    body: bytes = b""
+    status: int = 200
+    content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A path that a middleware serves. admin: only for principals with `admin`, or on server.admin_listen."""
+
+    method: str
+    path: str
+    handler: Callable[[Query], Awaitable[Answer]]
+    admin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One figure of a middleware, in Prometheus' terms. kind: `counter` or `gauge`; labels: few, with few values."""
+
+    name: str
+    kind: str
+    help: str
+    value: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a middleware may want to know of the gateway it is in.
+
+    layers: the whole onion, outermost first. route: where a model name leads; raises Refused (400, 404). max_models: how many
+    models one request may name.
+    """
+
+    layers: Sequence[Middleware]
+    route: Callable[[str], Route]
+    max_models: int = 16
 
 
 def compose(middleware: Sequence[Middleware], innermost: Handler) -> Handler:

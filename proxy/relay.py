@@ -19,7 +19,7 @@ import structlog
 from aiohttp import web
 
 from proxy.call import Call
-from proxy.errors import GatewayError, Outcome
+from proxy.errors import GatewayError, Outcome, UpstreamTimeout
 from proxy.faces import Face
 from proxy.fold import fold, unfold
 from proxy.reply import Batch, Completion, Reply
@@ -52,6 +52,9 @@ class Relay:
 
     async def run(self, headers: Mapping[str, str]) -> web.StreamResponse:
         """Send the reply to its end, whichever it is. Raises GatewayError only as long as nothing was sent."""
+        loop = asyncio.get_running_loop()
+        deadline = self._call.deadline
+        timer = None if deadline is None else loop.call_at(deadline, self._too_late)
         try:
             if self._call.stream and self._call.kind != "embeddings":
                 return await self._stream(headers)
@@ -63,8 +66,13 @@ class Relay:
             self._end((self._interruption or error).outcome, error)
             raise self._interruption or error from None
         finally:
+            if timer is not None:
+                timer.cancel()
             self._patience.stop()
             await self._reply.close(Outcome.GATEWAY_ERROR)
+
+    def _too_late(self) -> None:
+        self.interrupt(UpstreamTimeout("total", self._call.limits.total or 0.0))
 
     async def _whole(self, headers: Mapping[str, str]) -> web.StreamResponse:
         completion = await self._completion()

@@ -70,18 +70,30 @@ def sse_events(items: Iterable[Item]) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
+class Try:
+    """An attempt that failed. target: `provider/model`. reason: the error's code. seconds: how long it took."""
+
+    target: str
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
     """What is known before the first chunk goes out.
 
     headers: to be passed on to the client (rate limits of the upstream). dropped: request parameters that the target's wire
-    could not carry. attempts: how many tries at targets it took. upstream_seconds: from sending to the first chunk.
+    could not carry. tries: the attempts that failed before the one that answered. upstream_seconds: from sending to the first
+    chunk. cache: `hit`, `miss`, `bypass` or `joined`; None where no cache looked. age: seconds since a hit was stored.
     """
 
     target: str
     headers: Mapping[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
-    attempts: int = 1
+    tries: tuple[Try, ...] = ()
     upstream_seconds: float = 0.0
+    cache: str | None = None
+    age: float | None = None
     extensions: Mapping[type, object] = field(default_factory=dict)
 
 

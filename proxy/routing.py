@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from proxy.call import Provider, Target
+from proxy.call import Provider, Route, Target
 from proxy.errors import Refused
 
 Json = dict[str, Any]
@@ -32,14 +32,6 @@ def well_formed(model: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
-    """A public model name and the targets it leads to, in the order in which they are tried."""
-
-    name: str
-    targets: tuple[Target, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Directory:
     """Every name that a client may use.
 
@@ -52,7 +44,11 @@ class Directory:
     created: int = 0
 
     def resolve(self, model: str) -> tuple[Target, ...]:
-        """The targets of a model as a client spelled it, at least one. A disabled provider resolves like any other.
+        """The targets of `route(model)`."""
+        return self.route(model).targets
+
+    def route(self, model: str) -> Route:
+        """Where a model as a client spelled it leads: at least one target. A disabled provider resolves like any other.
 
         Raises Refused: 400 for a malformed name, 404 `model_not_found` with close matches for an unknown one.
         """
@@ -60,12 +56,12 @@ class Directory:
             raise Refused(f"model: {WORDS}", code="invalid_value", param="model")
         route = self.routes.get(model)
         if route is not None:
-            return route.targets
+            return route
         name, slash, rest = model.partition("/")
         if slash and name in self.providers:
-            return (Target(self.providers[name], rest),)
+            return Route(None, (Target(self.providers[name], rest),))
         if not slash and self.default_provider is not None:
-            return (Target(self.providers[self.default_provider], model),)
+            return Route(None, (Target(self.providers[self.default_provider], model),))
         self._unknown(model)
 
     def listing(self) -> list[Json]:

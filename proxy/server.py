@@ -12,7 +12,7 @@ import contextlib
 import re
 import socket
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,13 +21,13 @@ import structlog
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from proxy.admission import Defaults, admit, parse_json, request_id
-from proxy.call import Call
-from proxy.errors import Draining, GatewayError, Outcome, Refused
+from proxy.admission import ANYBODY, Defaults, admit, parse_json, request_id
+from proxy.call import Call, Principal
+from proxy.errors import Draining, GatewayError, Outcome, Refused, UpstreamTimeout
 from proxy.faces import FACES, Face
-from proxy.pipeline import Handler
+from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query
 from proxy.relay import Relay
-from proxy.reply import Head
+from proxy.reply import Head, Reply
 from proxy.routing import Directory
 
 log = structlog.get_logger("penstock")
@@ -39,6 +39,7 @@ ENDPOINTS: Mapping[str, Face] = {base + path: face for base in BASES for path, f
 MODELS = tuple(base + "/models" for base in BASES)
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 KEEP_ALIVE_SECONDS = 75.0
+OPERATOR = Principal("operator", admin=True)
 HEADER_LIMIT = 2**15
 
 
@@ -58,12 +59,19 @@ class ServerSettings:
 
 
 class Edge:
-    """Serves calls. handler: the composed pipeline. directory: where model names lead."""
+    """Serves calls. handler: the composed pipeline. directory: where model names lead. layers: the middleware, whose endpoints,
+    request fields and authentication are served here.
+    """
 
-    def __init__(self, handler: Handler, directory: Directory, settings: ServerSettings) -> None:
+    def __init__(
+        self, handler: Handler, directory: Directory, settings: ServerSettings, layers: Sequence[Middleware] = ()
+    ) -> None:
         self._handler = handler
         self._directory = directory
         self._settings = settings
+        self._layers = layers
+        self._authenticate = next((found for layer in layers if (found := getattr(layer, "authenticate", None))), None)
+        self._endpoints = {point.path: point for layer in layers for point in getattr(layer, "endpoints", ())}
         self._active: dict[asyncio.Task[Any], Relay | None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -75,10 +83,10 @@ class Edge:
         """`/readyz` says no from now on, while calls are still accepted, so that a load balancer turns away first."""
         self._ready = False
 
-    def server(self) -> web.Server:
-        """aiohttp's low-level server for this edge: one per process."""
+    def server(self, *, admin: bool = False) -> web.Server:
+        """aiohttp's low-level server for this edge. admin: the second address, for scrapers and operators, without auth."""
         return _Server(
-            self.handle,
+            self.handle_admin if admin else self.handle,
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=KEEP_ALIVE_SECONDS,
@@ -111,23 +119,60 @@ class Edge:
 
     async def _dispatch(self, request: web.BaseRequest, headers: Mapping[str, str], identity: str) -> web.StreamResponse:
         path = request.path
-        if path in ("/healthz", "/readyz"):
+        if path in ("/healthz", "/readyz") and "verbose" not in request.query:
             _allow(request, "GET", "HEAD")
             return self._health(path)
         self._check_host(headers.get("host", ""))
+        principal = self._authenticate(headers) if self._authenticate is not None else ANYBODY
         if face := ENDPOINTS.get(path):
             _allow(request, "POST")
-            return await self._call(request, headers, identity, face)
+            return await self._call(request, headers, identity, face, principal)
+        if point := self._point(path):
+            return await self._serve(point, request, headers, principal)
         for models in MODELS:
             if path == models or path.startswith(models + "/"):
                 _allow(request, "GET")
                 return self._models(path[len(models) + 1 :])
         raise Refused(f"There is nothing at {request.method} {path[:200]}.", status=404, code="unknown_path")
 
+    async def handle_admin(self, request: web.BaseRequest) -> web.StreamResponse:
+        """One request on the admin address: health and the middleware's endpoints, nothing else, for whoever can reach it."""
+        try:
+            self._check_host(request.headers.get("host", ""))
+            if request.path in ("/healthz", "/readyz") and "verbose" not in request.query:
+                _allow(request, "GET", "HEAD")
+                return self._health(request.path)
+            if point := self._point(request.path):
+                return await self._serve(point, request, request.headers, OPERATOR)
+            raise Refused(f"There is nothing at {request.path[:200]} on the admin address.", status=404, code="unknown_path")
+        except GatewayError as error:
+            return _error_response(error, request_id(request.headers))
+
+    def _point(self, path: str) -> Endpoint | None:
+        return Endpoint("GET", path, self._verbose, admin=True) if path == "/readyz" else self._endpoints.get(path)
+
+    async def _serve(
+        self, point: Endpoint, request: web.BaseRequest, headers: Mapping[str, str], principal: Principal
+    ) -> web.StreamResponse:
+        """An endpoint of a middleware. Where nobody authenticates, everybody on the loopback port may use it."""
+        _allow(request, point.method, *(("HEAD",) if point.method == "GET" else ()))
+        if point.admin and self._authenticate is not None and not principal.admin:
+            raise Refused("This needs a key with admin: true.", status=403, code="admin_only", type="permission_error")
+        body = await self._read_body(request, headers) if point.method != "GET" else b""
+        answer = await point.handler(Query(request.method, request.path, request.query, headers, body, principal))
+        fields = {"Server": "penstock", "Content-Type": answer.content_type, **answer.headers}
+        return web.Response(body=answer.body, status=answer.status, headers=fields)
+
     def _health(self, path: str) -> web.Response:
         if path == "/readyz" and not self._ready:
             return _json({"status": "draining"}, 503)
         return _json({"status": "ok"})
+
+    async def _verbose(self, query: Query) -> Answer:
+        """`/readyz?verbose`: what each middleware says of its state."""
+        state = {type(layer).__name__.lower(): layer.health() for layer in self._layers if hasattr(layer, "health")}
+        found = {"status": "ok" if self._ready else "draining", "open_calls": self.open_calls, "middleware": state}
+        return Answer(orjson.dumps(found, default=str), 200 if self._ready else 503)
 
     def _check_host(self, host: str) -> None:
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
@@ -143,7 +188,9 @@ class Edge:
             return _json({"object": "list", "data": self._directory.listing()})
         return _json(self._directory.find(model))
 
-    async def _call(self, request: web.BaseRequest, headers: Mapping[str, str], identity: str, face: Face) -> web.StreamResponse:
+    async def _call(
+        self, request: web.BaseRequest, headers: Mapping[str, str], identity: str, face: Face, principal: Principal
+    ) -> web.StreamResponse:
         """One call through the pipeline. It can be ended from outside (`end_all`) at every stage."""
         task = asyncio.current_task()
         assert task is not None
@@ -155,9 +202,9 @@ class Edge:
             started = time.perf_counter()
             body = parse_json(await self._unless_ended(self._body(request, headers)), self._settings.defaults.max_depth)
             face.check(body)
-            call = admit(body, face.KIND, headers, self._directory, self._settings.defaults, identity)
+            call = admit(body, face.KIND, headers, self._directory, self._settings.defaults, identity, principal, self._layers)
             try:
-                reply = await self._unless_ended(self._handler(call))
+                reply = await self._unless_ended(self._in_time(call))
                 relay = self._active[task] = Relay(request, call, reply, face, self._settings.write_timeout)
                 return await relay.run(_head_headers(call, reply.head, time.perf_counter() - started))
             except GatewayError as error:
@@ -166,6 +213,18 @@ class Edge:
             del self._active[task]
             if not self._active:
                 self._idle.set()
+
+    async def _in_time(self, call: Call) -> Reply:
+        """The pipeline's reply, before the call's deadline."""
+        if call.deadline is None:
+            return await self._handler(call)
+        try:
+            async with asyncio.timeout_at(call.deadline) as timer:
+                return await self._handler(call)
+        except TimeoutError:
+            if timer.expired():
+                raise UpstreamTimeout("total", call.limits.total or 0.0) from None
+            raise
 
     async def _unless_ended(self, waiting: Awaitable[T]) -> T:
         """What is waited for. A cancellation that `end_all` caused is told to the client; any other means that it is gone."""
@@ -184,6 +243,9 @@ class Edge:
         if kind and not (kind == "application/json" or kind.endswith("+json") or kind == "text/plain"):
             message = f"The body must be JSON, with the header Content-Type: application/json, not {kind[:80]}."
             raise Refused(message, status=415, code="unsupported_media_type")
+        return await self._read_body(request, headers)
+
+    async def _read_body(self, request: web.BaseRequest, headers: Mapping[str, str]) -> bytes:
         limit = self._settings.max_body
         if (request.content_length or 0) > limit:
             raise _too_large(limit)
@@ -277,9 +339,13 @@ def _head_headers(call: Call, head: Head, seconds: float) -> dict[str, str]:
         "Server": "penstock",
         "X-Request-Id": call.id,
         "X-Penstock-Target": head.target,
-        "X-Penstock-Attempts": str(head.attempts),
+        "X-Penstock-Attempts": str(1 + len(head.tries)),
         "Server-Timing": f"upstream;dur={upstream * 1000:.1f}, gateway;dur={max(0.0, seconds - upstream) * 1000:.1f}",
     }
+    if head.cache is not None:
+        found["X-Cache"] = head.cache
+        if head.age is not None:
+            found["Age"] = str(int(head.age))
     if head.dropped:
         # Field names are the client's own words: they must not end a header line, nor fill it.
         names = [re.sub(r"[^\w.\[\]-]", "?", name, flags=re.ASCII)[:64] for name in head.dropped[:32]]
@@ -288,7 +354,11 @@ def _head_headers(call: Call, head: Head, seconds: float) -> dict[str, str]:
 
 
 def _error_response(error: GatewayError, identity: str) -> web.Response:
-    response = _json({"error": error.envelope()}, error.status, {**error.headers, "X-Request-Id": identity})
+    fields = {**error.headers, "X-Request-Id": identity}
+    if error.tries:
+        # The official SDKs would try again on their own; that has been done.
+        fields |= {"X-Penstock-Attempts": str(len(error.tries)), "x-should-retry": "false"}
+    response = _json({"error": error.envelope()}, error.status, fields)
     if error.headers.get("Connection") == "close":
         response.force_close()
     return response

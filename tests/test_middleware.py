@@ -16,7 +16,7 @@ from middleware.tracking import Tracking
 from proxy.call import Call
 from proxy.errors import GatewayError, Outcome, Refused, UpstreamError, UpstreamTimeout
 from proxy.pipeline import Handler, compose
-from proxy.reply import Batch, Head, Reply, Trailer
+from proxy.reply import Batch, Head, Reply, Trailer, Try
 from tests.support.decoding import make_call
 
 Json = dict[str, Any]
@@ -78,7 +78,7 @@ class TestTracking:
     async def test_a_completed_stream_is_one_line_when_it_has_ended(self, tracking: Tracking, lines: list[Json]) -> None:
         clock = tracking.clock
         assert isinstance(clock, Clock)
-        given = reply(attempts=2)
+        given = reply(tries=(Try("a/b", "upstream_error", 0.1),))
 
         async def next(call: Call) -> Reply:
             clock.now += 0.25
