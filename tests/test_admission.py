@@ -11,9 +11,9 @@ import pytest
 from multidict import CIMultiDict
 
 from proxy.admission import Defaults, admit, parse_json, request_id
-from proxy.call import Call, Provider, Target
+from proxy.call import Call, Provider, Route, Target
 from proxy.errors import Refused
-from proxy.routing import Directory, Route
+from proxy.routing import Directory
 
 Json = dict[str, Any]
 ACME = Provider(name="acme", api="openai", base_url="http://127.0.0.1:9/v1")

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.call import Provider, Target
+from proxy.call import Provider, Route, Target
 from proxy.errors import Refused
-from proxy.routing import LONGEST_NAME, Directory, Route, well_formed
+from proxy.routing import LONGEST_NAME, Directory, well_formed
 
 OPENAI = Provider("openai", "openai", "https://api.openai.com/v1", models=("gpt-4o", "gpt-4o-mini"))
 GROQ = Provider("groq", "openai", "https://api.groq.com/openai/v1", missing="GROQ_API_KEY", models=("llama-3.3",))

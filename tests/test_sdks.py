@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -422,31 +421,6 @@ async def test_curl_shows_each_word_as_it_comes() -> None:
 
 
 # openai, the Node SDK.
-
-
-@pytest.fixture(scope="module")
-def node(pytestconfig: pytest.Config) -> Json:
-    """The environment in which Node finds the SDK. It is installed once per version, into pytest's cache."""
-    program, npm = shutil.which("node"), shutil.which("npm")
-    if program is None or npm is None:
-        pytest.skip("Node and npm are not installed")
-    wanted = json.loads((NODE / "package.json").read_text())["dependencies"]["openai"]
-    assert pytestconfig.cache is not None
-    folder = pytestconfig.cache.mkdir(f"node-openai-{wanted}")
-    installed = folder / "node_modules" / "openai" / "package.json"
-    if not installed.exists():
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(NODE / name, folder / name)
-        try:
-            done = subprocess.run(
-                [npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts"], cwd=folder, env=ENVIRON,
-                capture_output=True, timeout=60,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            pytest.skip("npm could not install the Node SDK within 60 s")
-        if done.returncode:
-            pytest.skip(f"npm could not install the Node SDK (exit status {done.returncode})")
-    return {"program": program, "env": {**ENVIRON, "NODE_PATH": str(folder / "node_modules"), "NO_PROXY": "*"}}
 
 
 async def start(node: Json, running: Gateway, scenario: str, model: str) -> asyncio.subprocess.Process:

@@ -1,0 +1,40 @@
+"""Fixtures that more than one test file needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Json = dict[str, Any]
+NODE = Path(__file__).parent / "node"
+
+
+@pytest.fixture(scope="session")
+def node(pytestconfig: pytest.Config) -> Json:
+    """The environment in which Node finds the SDK. It is installed once per version, into pytest's cache."""
+    program, npm = shutil.which("node"), shutil.which("npm")
+    if program is None or npm is None:
+        pytest.skip("Node and npm are not installed")
+    wanted = json.loads((NODE / "package.json").read_text())["dependencies"]["openai"]
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir(f"node-openai-{wanted}")
+    installed = folder / "node_modules" / "openai" / "package.json"
+    if not installed.exists():
+        for name in ("package.json", "package-lock.json"):
+            shutil.copy(NODE / name, folder / name)
+        try:
+            done = subprocess.run(
+                [npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts"], cwd=folder, env=dict(os.environ),
+                capture_output=True, timeout=60,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            pytest.skip("npm could not install the Node SDK within 60 s")
+        if done.returncode:
+            pytest.skip(f"npm could not install the Node SDK (exit status {done.returncode})")
+    return {"program": program, "env": {**os.environ, "NODE_PATH": str(folder / "node_modules"), "NO_PROXY": "*"}}
