@@ -1,9 +1,10 @@
 """What a request and a chunk cost, beside the bare relay and, where it is given, another gateway.
 
-    python bench/compare.py [--kit ../shared/bench] [--turns 3] [--smg PATH] [--work json burst paced one]
+    python bench/compare.py [--kit ../shared/bench] [--turns 3] [--smg PATH] [--bare] [--work json burst paced one hit]
 
-Strategy: everything runs on loopback; the measured processes are pinned to one core, provider and load generator to another, and
-the workloads go round in turn (A B C A B C …), because machines drift: only ratios of medians within one run mean anything.
+Strategy: the gateway has all middleware of config.yaml on, or none with --bare. Everything runs on loopback; what is measured
+is pinned to one core, provider and load generator to another, and the workloads go round in turn (A B C A B C …), because
+machines drift: only ratios of medians within one run mean anything.
 The load kit (upstream.py, load.py, relay.py) checks every reply and reads the CPU time of the process from the kernel.
 """
 
@@ -29,13 +30,19 @@ WORK = {
     "burst": ("cpu_us_per_req", ["-c", "32", "-n", "1500", "--model", "bench-100-0"]),
     "paced": ("cpu_us_per_chunk", ["-c", "200", "-n", "400", "--model", "bench-50-20"]),
     "one": ("ttft_ms", ["-c", "1", "-n", "500", "--model", "bench-10-0"]),
+    # Cache hits: the same request with a cache option, which only the gateway itself understands.
+    "hit": (
+        "cpu_us_per_req",
+        ["-c", "32", "-n", "5000", "--same", "--extra", '{"cache": {"ttl": 600}}', "--model", "bench-100-0"],
+    ),
 }
+ONLY = {"hit": ("penstock",)}
 CONFIG = """
 server: {port: %d}
 providers:
   openai: {api: openai, base_url: "http://127.0.0.1:%d/v1", api_key: x}
-middleware: [tracking, timeout]
 """
+SHIPPED = "middleware:" + (ROOT / "config.yaml").read_text().split("\nmiddleware:", 1)[1]
 
 
 def pinned(core: int, *command: str) -> subprocess.Popen[bytes]:
@@ -75,9 +82,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--smg", help="path of the smg program (pip install sglang-router)")
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
+    parser.add_argument("--bare", action="store_true", help="no middleware at all")
     arguments = parser.parse_args()
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
-        config.write(CONFIG % (PORTS["penstock"], UPSTREAM))
+        config.write(CONFIG % (PORTS["penstock"], UPSTREAM) + ("" if arguments.bare else SHIPPED))
         config.flush()
         running = started(arguments.kit, Path(config.name), arguments.smg)
         try:
@@ -95,16 +103,17 @@ def report(arguments: argparse.Namespace, running: dict[str, subprocess.Popen[by
     for _ in range(arguments.turns):
         for work in arguments.work:
             key, options = WORK[work]
-            for name in names:
+            for name in ONLY.get(work, names):
                 line = one_turn(arguments.kit, name, running[name].pid, options)
                 value = line["ttft_ms"]["p50"] if key == "ttft_ms" else line[key]
                 figures.setdefault((work, name), []).append(value)
                 print(f"{work:6} {name:9} {key} {value:8.2f}  first chunk {line['ttft_ms']}  rss {line['rss_mb']} MB", flush=True)
     print("\n| work | " + " | ".join(names) + " | penstock / relay |\n| --- |" + " --- |" * (len(names) + 1))
     for work in arguments.work:
-        medians = {name: statistics.median(figures[work, name]) for name in names}
-        cells = " | ".join(f"{medians[name]:.2f}" for name in names)
-        print(f"| {work}, {WORK[work][0]} | {cells} | {medians['penstock'] / medians['relay']:.2f} |")
+        medians = {name: statistics.median(figures[work, name]) for name in ONLY.get(work, names)}
+        cells = " | ".join(f"{medians[name]:.2f}" if name in medians else "" for name in names)
+        ratio = f"{medians['penstock'] / medians['relay']:.2f}" if "relay" in medians else ""
+        print(f"| {work}, {WORK[work][0]} | {cells} | {ratio} |")
 
 
 if __name__ == "__main__":

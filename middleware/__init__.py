@@ -10,11 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from middleware.auth import Auth
+from middleware.cache import Cache
+from middleware.fallback import Fallback
+from middleware.limits import Limits
+from middleware.metrics import Metrics
+from middleware.retry import Retry
 from middleware.timeout import Timeout
 from middleware.tracking import Tracking
 from proxy.pipeline import Middleware
 
 TABLE: Mapping[str, Callable[..., Middleware]] = {
+    "auth": Auth,
+    "cache": Cache,
+    "fallback": Fallback,
+    "limits": Limits,
+    "metrics": Metrics,
+    "retry": Retry,
     "tracking": Tracking,
     "timeout": Timeout,
 }

@@ -1,31 +1,53 @@
-"""How long an upstream may take: to connect, until its first chunk, between chunks, for one whole attempt.
+"""How long an upstream may take: to connect, until its first chunk, between chunks, for one attempt, and for all of them.
 
-Cost: around the head; one timer per call, none per chunk. The idle limit is applied where the socket is owned (`proxy.source`).
+Strategy: `admit` settles which limits hold for a call (the request's own within the operator's bounds, else the configured ones)
+and sets its deadline; around the head one timer per attempt applies call and first chunk. Idle is applied where the socket is
+owned (`proxy.source`), the deadline also by the edge and the relay, so that it holds without an attempt in flight.
+Cost: around the head; one timer per attempt, none per chunk.
 The one rule: no `yield` under a running timeout; the limits on the head are awaited here, those on the stream are handed inward.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from proxy.call import Call, Limits
 from proxy.errors import UpstreamTimeout
+from proxy.own_fields import Field, OwnFields
 from proxy.pipeline import Handler
 from proxy.reply import Reply
 from proxy.units import Between, Seconds
 
 Limit = Annotated[Seconds, Between(0.001, 86400)]
+# An attempt ends this long before the edge cancels the call at its deadline: layers in between then see an error with a name.
+MOMENT = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptLimits:
+    """What one attempt may take, in seconds. first_chunk: of a streamed reply. call: until the first chunk, or a whole reply."""
+
+    first_chunk: float
+    call: float
+
+    def tighter(self, stream: bool) -> tuple[str, float]:
+        """The limit that runs out first, and its name."""
+        if stream and self.first_chunk < self.call:
+            return "first_chunk", self.first_chunk
+        return "call", self.call
 
 
 class Timeout:
-    """Limits of one attempt, in seconds; whichever runs out is named in the error.
+    """Limits in seconds; whichever runs out is named in the error. A request may set its own, in ms, within the `max_*` bounds.
 
     connect_timeout: until the connection stands. first_chunk_timeout: until the first real chunk of a streamed reply.
-    idle_timeout: between two chunks with content; pings do not count. call_timeout: a stream until its first real chunk, a whole
-    reply until its end.
+    idle_timeout: between two chunks with content; pings do not count. call_timeout: one attempt: a stream until its first real
+    chunk, a whole reply until its end. total_timeout: over all attempts and the whole stream; off by default.
     """
+
+    FIELDS = ("timeout",)
 
     def __init__(
         self,
@@ -34,18 +56,60 @@ class Timeout:
         first_chunk_timeout: Limit = 300.0,
         idle_timeout: Limit = 120.0,
         call_timeout: Limit = 600.0,
+        total_timeout: Limit | None = None,
+        max_connect_timeout: Limit = 86400.0,
+        max_first_chunk_timeout: Limit = 86400.0,
+        max_idle_timeout: Limit = 86400.0,
+        max_call_timeout: Limit = 86400.0,
+        max_total_timeout: Limit = 86400.0,
     ) -> None:
-        self._limits = Limits(connect=connect_timeout, idle=idle_timeout)
-        self._first_chunk = first_chunk_timeout
-        self._call = call_timeout
+        self._limits = Limits(connect=connect_timeout, idle=idle_timeout, total=total_timeout)
+        self._attempt = AttemptLimits(first_chunk_timeout, call_timeout)
+        self._most = {
+            "connect": max_connect_timeout,
+            "first_chunk": max_first_chunk_timeout,
+            "idle": max_idle_timeout,
+            "call": max_call_timeout,
+            "total": max_total_timeout,
+        }
+
+    def admit(self, call: Call, own: OwnFields) -> Call:
+        """The call with its limits and its deadline. `timeout` is an object: of a bare number nobody knows whether it means
+        seconds or ms, one attempt or all. Raises Refused.
+        """
+        found = own.get("timeout")
+        limits, attempt = (self._limits, self._attempt) if found is None else self._asked(found.object())
+        deadline = None if limits.total is None else asyncio.get_running_loop().time() + limits.total
+        return replace(call, limits=limits, deadline=deadline, extensions={**call.extensions, AttemptLimits: attempt})
+
+    def _asked(self, field: Field) -> tuple[Limits, AttemptLimits]:
+        default, attempt = self._limits, self._attempt
+        limits = Limits(
+            connect=self._seconds(field, "connect", default.connect),
+            idle=self._seconds(field, "idle", default.idle),
+            total=self._seconds(field, "total", default.total),
+        )
+        first_chunk = self._seconds(field, "first_chunk", attempt.first_chunk) or attempt.first_chunk
+        return limits, AttemptLimits(first_chunk, self._seconds(field, "call", attempt.call) or attempt.call)
+
+    def _seconds(self, field: Field, which: str, default: float | None) -> float | None:
+        found = field.get(f"{which}_timeout")
+        return default if found is None else found.number(1, self._most[which] * 1000) / 1000
 
     async def __call__(self, call: Call, next: Handler) -> Reply:
-        which, seconds = ("call", self._call)
-        if call.stream and self._first_chunk < self._call:
-            which, seconds = ("first_chunk", self._first_chunk)
+        limits = call.extension(AttemptLimits)
+        if limits is None:
+            # Called without the edge, which would have let `admit` settle them.
+            limits, call = self._attempt, replace(call, limits=self._limits)
+        which, seconds = limits.tighter(call.stream)
+        wait = seconds
+        if call.deadline is not None:
+            left = call.deadline - MOMENT - asyncio.get_running_loop().time()
+            if left < seconds:
+                which, seconds, wait = "total", call.limits.total or 0.0, left
         try:
-            async with asyncio.timeout(seconds) as timer:
-                return await next(replace(call, limits=self._limits))
+            async with asyncio.timeout(wait) as timer:
+                return await next(call)
         except TimeoutError:
             if timer.expired():
                 raise UpstreamTimeout(which, seconds) from None

@@ -1,72 +1,228 @@
-"""One structured log line per request: who asked for what, who answered, how it ended.
+"""One structured log line per request: who asked for what, who answered after which attempts, what it used, how it ended.
 
-Cost: around the head, and one callback at the end; nothing per chunk.
-The one rule: prompts, replies and keys never appear in it.
+Cost: around the head, and one callback at the end; nothing per chunk, unless replies are logged.
+The one rule: keys never appear in it, and prompts and replies only where the operator switched `log_content` on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+from urllib.parse import quote
 
+import orjson
 import structlog
 
 from proxy.call import Call
 from proxy.errors import GatewayError, Outcome, why_cancelled
+from proxy.own_fields import Field, OwnFields
 from proxy.pipeline import Handler
-from proxy.reply import Reply, Trailer
+from proxy.reply import Batch, Reply, Trailer, Try
+from proxy.units import Between, ByteSize
+
+Json = dict[str, Any]
+
+# OpenAI's own bounds of metadata: https://platform.openai.com/docs/api-reference/chat/create
+MOST_METADATA = 16
+LONGEST_VALUE = 512
+LONGEST_ID = 128
+# What the client was told, or would have been, where no error says it; 499 is nginx's for a client that has left.
+STATUSES = {Outcome.COMPLETED: 200, Outcome.CLIENT_GONE: 499, Outcome.DRAINING: 503, Outcome.TIMEOUT_TOTAL: 504}
+NOT_ASKED = frozenset({Outcome.REFUSED, Outcome.LIMITED, Outcome.BLOCKED})
+# A timer of the event loop may fire this much before its time.
+EARLY_SECONDS = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """What the client says of its request, for the log alone. metadata: of plain values, bounded."""
+
+    thread: str | None = None
+    tags: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Tracking:
-    """Logs each call when it has ended, however it ended. clock: seconds, monotonic."""
+    """Logs each call when it has ended, however it ended, and tells the client its tracking name (`X-Penstock-Name`).
 
-    def __init__(self) -> None:
+    log_content: also the request's messages and the reply's text, each at most `max_content_bytes`. clock: seconds, monotonic.
+    """
+
+    FIELDS = ("thread",)
+
+    def __init__(
+        self, *, log_content: bool = False, max_content_bytes: Annotated[ByteSize, Between(1, 2**24)] = 16 * 2**10
+    ) -> None:
         self._log: Any = structlog.get_logger("penstock.request")
+        self._most = max_content_bytes if log_content else 0
         self.clock: Callable[[], float] = time.perf_counter
+
+    def admit(self, call: Call, own: OwnFields) -> Call:
+        """Notes `thread: {id, tags}` and `metadata`. Raises Refused where they have another shape."""
+        thread, metadata = own.get("thread"), own.get("metadata")
+        if thread is None and metadata is None:
+            return call
+        found = Noted(*_thread(thread), _metadata(metadata))
+        return replace(call, extensions={**call.extensions, Noted: found})
 
     async def __call__(self, call: Call, next: Handler) -> Reply:
         started = self.clock()
         try:
             reply = await next(call)
         except GatewayError as error:
-            self._line(call, started, error.outcome, status=error.status, code=error.code)
+            self._line(call, started, error.outcome, error.status, code=error.code, **_asked(call, error))
             raise
         except asyncio.CancelledError as error:
-            self._line(call, started, why_cancelled(error))
+            outcome = _why(call, error)
+            self._line(call, started, outcome, STATUSES.get(outcome, 499))
             raise
         except Exception:
-            self._line(call, started, Outcome.GATEWAY_ERROR, status=500)
+            self._line(call, started, Outcome.GATEWAY_ERROR, 500)
             raise
-        first = self.clock() - started
-        reply.trailer.on_end(lambda trailer: self._ended(call, started, first, reply, trailer))
-        return reply
+        first, text = self.clock() - started, None
+        if self._most:
+            text = _Text(self._most)
+            reply = replace(reply, chunks=text.kept(reply.chunks))
+        reply.trailer.on_end(lambda trailer: self._ended(call, started, first, reply, trailer, text))
+        return _named(reply, call.name) if call.name else reply
 
-    def _ended(self, call: Call, started: float, first: float, reply: Reply, trailer: Trailer) -> None:
+    def _ended(self, call: Call, started: float, first: float, reply: Reply, trailer: Trailer, text: _Text | None) -> None:
+        head, error = reply.head, trailer.error
+        outcome = trailer.outcome or Outcome.GATEWAY_ERROR
         usage = trailer.usage or {}
+        streamed = call.stream and call.kind != "embeddings"
         self._line(
             call,
             started,
-            trailer.outcome or Outcome.GATEWAY_ERROR,
-            target=reply.head.target,
-            attempts=1 + len(reply.head.tries),
+            outcome,
+            200 if streamed else error.status if error else STATUSES.get(outcome, 500),
+            target=head.target,
+            **_tried(head.tries, 1),
+            cache=head.cache,
             first_chunk_ms=round(first * 1000, 1),
+            longest_gap_ms=round(trailer.longest_gap * 1000, 1) if streamed else None,
             finish_reasons=list(trailer.finish_reasons.values()),
             prompt_tokens=usage.get("prompt_tokens"),
             completion_tokens=usage.get("completion_tokens"),
-            code=trailer.error.code if trailer.error else None,
+            cached_tokens=_inside(usage, "prompt_tokens_details", "cached_tokens"),
+            reasoning_tokens=_inside(usage, "completion_tokens_details", "reasoning_tokens"),
+            code=error.code if error else None,
+            reply=text.found() if text is not None else None,
         )
 
-    def _line(self, call: Call, started: float, outcome: Outcome, **facts: Any) -> None:
+    def _line(self, call: Call, started: float, outcome: Outcome, status: int, **facts: Any) -> None:
+        noted = call.extension(Noted) or NOTHING
         facts = {
             "id": call.id,
+            "key": call.principal.name,
             "kind": call.kind,
             "model": call.model,
+            "route": call.route.name,
             "name": call.name,
+            "identity": call.identity,
+            "thread": noted.thread,
+            "tags": noted.tags or None,
+            "metadata": noted.metadata or None,
             "stream": call.stream,
             "outcome": outcome.value,
+            "status": status,
             "total_ms": round((self.clock() - started) * 1000, 1),
             **facts,
         }
+        if self._most:
+            facts["messages"] = _bounded(call.request.get("messages") or call.request.get("prompt"), self._most)
         self._log.info("request", **{name: value for name, value in facts.items() if value is not None})
+
+
+NOTHING = Noted()
+
+
+class _Text:
+    """The text of a reply as it flows past, by choice, at most `most` bytes in all."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+        self._parts: dict[int, list[str]] = {}
+
+    async def kept(self, batches: AsyncIterator[Batch]) -> AsyncIterator[Batch]:
+        async with aclosing(batches) as inner:  # type: ignore[type-var]
+            async for batch in inner:
+                if self._left > 0:
+                    self._look(batch)
+                yield batch
+
+    def found(self) -> list[str]:
+        return ["".join(self._parts[index]) for index in sorted(self._parts)]
+
+    def _look(self, batch: Batch) -> None:
+        for chunk in batch.chunks:
+            for choice in chunk.get("choices", ()):
+                said = (choice.get("delta") or choice.get("message") or {}).get("content")
+                if isinstance(said, str) and self._left > 0:
+                    written = said.encode(errors="replace")
+                    self._parts.setdefault(choice["index"], []).append(_cut(written, self._left))
+                    self._left -= len(written)
+
+
+def _bounded(content: Any, most: int) -> Any:
+    """The content as it is, or the beginning of its JSON where that is longer than `most` bytes."""
+    written = orjson.dumps(content)
+    return content if len(written) <= most else _cut(written, most)
+
+
+def _cut(text: bytes, most: int) -> str:
+    """At most `most` bytes, no character cut in two."""
+    return text[:most].decode(errors="ignore")
+
+
+def _thread(found: Field | None) -> tuple[str | None, tuple[str, ...]]:
+    if found is None:
+        return None, ()
+    name, tags = found.get("id"), found.get("tags")
+    return name.text(LONGEST_ID) if name else None, tuple(tag.text(LONGEST_ID) for tag in tags.items()) if tags else ()
+
+
+def _metadata(found: Field | None) -> Mapping[str, Any]:
+    """The first plain values, texts cut to length; the provider may take more, a log need not."""
+    if found is None:
+        return {}
+    plain = ((name, value) for name, value in found.object().value.items() if isinstance(value, str | int | float))
+    pairs = [(name[:LONGEST_ID], value[:LONGEST_VALUE] if isinstance(value, str) else value) for name, value in plain]
+    return dict(pairs[:MOST_METADATA])
+
+
+def _tried(tries: Sequence[Try], answered: int) -> Json:
+    """How often it was tried, and why each attempt failed. answered: 1 where another one did not."""
+    failed = [{"target": one.target, "reason": one.reason, "ms": round(one.seconds * 1000, 1)} for one in tries]
+    return {"attempts": len(failed) + answered or None, "tries": failed or None}
+
+
+def _asked(call: Call, error: GatewayError) -> Json:
+    """Who was asked last before an error, unless nobody was."""
+    tried = _tried(error.tries, 0)
+    if tried["tries"]:
+        return {**tried, "target": error.tries[-1].target}
+    target = call.target or next(iter(call.targets), None)
+    return {} if target is None or error.outcome in NOT_ASKED else {"target": str(target), "attempts": 1}
+
+
+def _inside(usage: Json, details: str, name: str) -> Any:
+    found = usage.get(details)
+    return found.get(name) if isinstance(found, dict) else None
+
+
+def _named(reply: Reply, name: str) -> Reply:
+    """The reply with its name in a header; what a header cannot carry is percent-encoded."""
+    safe = name if name.isascii() and name.isprintable() else quote(name, errors="replace")
+    return replace(reply, head=replace(reply.head, headers={**reply.head.headers, "X-Penstock-Name": safe}))
+
+
+def _why(call: Call, error: BaseException) -> Outcome:
+    """Whose doing a cancellation is: the edge's deadline cancels without a word, as a client that leaves does."""
+    late = call.deadline is not None and asyncio.get_running_loop().time() >= call.deadline - EARLY_SECONDS
+    found = why_cancelled(error)
+    return Outcome.TIMEOUT_TOTAL if late and found is Outcome.CLIENT_GONE else found

@@ -84,6 +84,8 @@ def admit(
     request fields of their own (`FIELDS`, `admit`) do so here. Raises Refused (400, 403, 404).
     """
     model = body.get("model")
+    if model is None and isinstance(several := body.get("models"), list) and several:
+        model = several[0]  # OpenRouter's clients may name several models and none
     if not isinstance(model, str) or not model:
         raise Refused("model: must be the name of a model.", code="invalid_value", param="model")
     if body.get("n") is not None:

@@ -13,7 +13,7 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from aiohttp import web
@@ -33,6 +33,7 @@ from proxy.wire import WIRES
 
 class Gateway:
     """A gateway that serves between `async with` and its end. port: the one it listens on (the system's choice for port 0).
+    admin_port: that of `server.admin_listen`, 0 where it is off.
 
     settle: see Exchange. transports: replaces the transport of some wire formats (for tests).
     """
@@ -41,7 +42,7 @@ class Gateway:
         self, config: Config, *, settle: float = SETTLE_SECONDS, transports: Mapping[str, Transport] | None = None
     ) -> None:
         self.config = config
-        self.port = 0
+        self.port = self.admin_port = 0
         self._settle = settle
         self._transports = transports or {}
         self._sites: list[web.SockSite] = []
@@ -55,20 +56,25 @@ class Gateway:
         self.layers: list[Middleware] = [spec.factory(**spec.options) for spec in config.middleware]
         handler = compose(self.layers, Exchange(WIRES, transports, settle=self._settle))
         directory = Directory(config.providers, config.routes, config.default_provider, int(time.time()))
-        self.edge = Edge(handler, directory, _settings(config), self.layers)
+        self.edge = Edge(handler, directory, _settings(config, self.layers), self.layers)
+        gauges = {
+            "upstream_connections": lambda: self.http.connections,
+            "open_calls": lambda: self.edge.open_calls,
+            "buffered_bytes": lambda: self.edge.buffered,
+        }
         for layer in self.layers:
             if hasattr(layer, "attach"):
-                layer.attach(Surroundings(self.layers, directory.route))
+                layer.attach(Surroundings(self.layers, directory.route, gauges))
             if hasattr(layer, "start"):
                 await layer.start()
         self._runner = web.ServerRunner(self.edge.server(), handle_signals=False, shutdown_timeout=0.1)
+        self._admin = web.ServerRunner(self.edge.server(admin=True), handle_signals=False, shutdown_timeout=0.1)
         await self._runner.setup()
+        await self._admin.setup()
         try:
-            for sock in listen(config.server.host, config.server.port):
-                site = web.SockSite(self._runner, sock, backlog=4096)
-                await site.start()
-                self._sites.append(site)
-                self.port = sock.getsockname()[1]
+            self._sites, self.port = await _sites(self._runner, config.server.host, config.server.port)
+            if (admin := config.server.admin_address) is not None:
+                _, self.admin_port = await _sites(self._admin, *admin)
         except BaseException:
             await self._stop()
             raise
@@ -78,7 +84,10 @@ class Gateway:
         await self._stop()
 
     async def drain(self) -> None:
-        """Stop accepting, let streams finish for `drain_timeout`, end the rest as `draining`."""
+        """Stop accepting, let streams finish for `drain_timeout`, end the rest as `draining`.
+
+        The admin address stays until the end, so that operators see the streams finish.
+        """
         server = self.config.server
         self.edge.not_ready()
         await asyncio.sleep(server.drain_delay)
@@ -90,6 +99,7 @@ class Gateway:
             await self.edge.drained(5.0)
 
     async def _stop(self) -> None:
+        await self._admin.cleanup()
         await self._runner.cleanup()
         for layer in reversed(self.layers):
             if hasattr(layer, "close"):
@@ -97,13 +107,30 @@ class Gateway:
         await self.http.close()
 
 
-def _settings(config: Config) -> ServerSettings:
+async def _sites(runner: web.ServerRunner, host: str, port: int) -> tuple[list[web.SockSite], int]:
+    """Listens on every address of `host`; the sites and the last one's port. Raises OSError with the address as its filename."""
+    sites: list[web.SockSite] = []
+    bound = port
+    try:
+        for sock in listen(host, port):
+            sites.append(web.SockSite(runner, sock, backlog=4096))
+            await sites[-1].start()
+            bound = sock.getsockname()[1]
+    except OSError as error:
+        error.filename = f"{host}:{port}"
+        raise
+    return sites, bound
+
+
+def _settings(config: Config, layers: Sequence[Middleware]) -> ServerSettings:
     server = config.server
+    authenticated = any(hasattr(layer, "authenticate") for layer in layers)
     return ServerSettings(
         max_body=server.max_body,
         body_timeout=server.body_timeout,
         write_timeout=server.write_timeout,
-        loopback_only=not server.allow_anonymous,
+        loopback_only=not server.allow_anonymous and not authenticated,
+        admin_loopback_only=not server.allow_anonymous,
         defaults=Defaults(config.usage_on_finish, server.strict_params, server.max_depth),
     )
 
@@ -141,7 +168,8 @@ async def _serve(config: Config) -> int:
             with contextlib.suppress(asyncio.CancelledError):
                 await draining
     except OSError as error:
-        print(f"penstock: cannot listen on {config.server.host}:{config.server.port}: {error.strerror or error}", file=sys.stderr)
+        address = error.filename or f"{config.server.host}:{config.server.port}"
+        print(f"penstock: cannot listen on {address}: {error.strerror or error}", file=sys.stderr)
         return 1
     return 0
 
@@ -157,4 +185,6 @@ def _greet(config: Config, port: int) -> None:
     print(f"penstock: serving {base}", file=sys.stderr)
     model = "demo/echo" if any(row.api == "demo" for row in config.providers.values()) else "provider/model"
     body = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello, Penstock"}}]}}'
-    print(f"\n    curl -N {base}/chat/completions -H 'Content-Type: application/json' -d '{body}'\n", file=sys.stderr, flush=True)
+    key = " -H 'Authorization: Bearer …'" if any(hasattr(spec.factory, "authenticate") for spec in config.middleware) else ""
+    curl = f"curl -N {base}/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+    print(f"\n    {curl}\n", file=sys.stderr, flush=True)

@@ -69,13 +69,15 @@ class Route:
 
     name: the route's name in config.yaml; None for a model that was named as `provider/model`.
     strategy: in which order targets are tried: `fallback` (as written), `weighted`, `least_latency`, `cheapest`.
-    weights: one per target, for `weighted`; empty means equal.
+    weights: one per target, for `weighted`; empty means equal. prices: one per target, (input, output) in US dollars per million
+    tokens, None where config.yaml gives none; empty where it gives none at all.
     """
 
     name: str | None
     targets: tuple[Target, ...]
     strategy: str = "fallback"
     weights: tuple[float, ...] = ()
+    prices: tuple[tuple[float, float] | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ class Call:
     target: Target | None = None
     deadline: float | None = None
     limits: Limits = Limits()
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     extensions: Mapping[type, object] = field(default_factory=dict)
 
     def extension(self, key: type[T]) -> T | None:

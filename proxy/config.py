@@ -17,7 +17,7 @@ from proxy import yamlfile
 from proxy.call import Provider, Route, Target
 from proxy.reading import BASE_URLS, NO_URL, Factory, Known, Layer, Reading
 from proxy.schema import json_schema
-from proxy.shape import File, ProviderRow, Server
+from proxy.shape import File, ProviderRow, RouteRow, Server
 
 Overrides = Mapping[str, object] | None
 
@@ -96,7 +96,7 @@ def parse(
 
 def _built(file: File, layers: Sequence[Layer], disabled: Mapping[str, Sequence[str]]) -> Config:
     providers = {name: _provider(name, row, disabled.get(name)) for name, row in file.providers.items()}
-    routes = {name: Route(name, tuple(_target(target, providers) for target in row.targets)) for name, row in file.models.items()}
+    routes = {name: _route(name, row, providers) for name, row in file.models.items()}
     middleware = tuple(MiddlewareSpec(*layer) for layer in layers)
     warnings = tuple(
         f"provider '{name}' is disabled: set {' and '.join(dict.fromkeys(variables))}" for name, variables in disabled.items()
@@ -105,12 +105,13 @@ def _built(file: File, layers: Sequence[Layer], disabled: Mapping[str, Sequence[
 
 
 def _provider(name: str, row: ProviderRow, missing: Sequence[str] | None) -> Provider:
-    key = row.api_key.get_secret_value() if row.api_key and not missing else None
+    keys = [] if missing else _keys(row)
     return Provider(
         name=name,
         api=row.api,
         base_url="" if row.base_url == NO_URL else row.base_url or BASE_URLS[row.api],
-        api_key=key or None,
+        api_key=keys[0] if keys else None,
+        further_keys=tuple(keys[1:]),
         key_header=row.key_header,
         missing=missing[0] if missing else None,
         query=tuple(row.query.items()),
@@ -121,6 +122,21 @@ def _provider(name: str, row: ProviderRow, missing: Sequence[str] | None) -> Pro
         default_max_tokens=row.default_max_tokens,
         models=tuple(row.models),
     )
+
+
+def _keys(row: ProviderRow) -> list[str]:
+    """The provider's keys, in order; an empty one (`${SPARE_KEY:-}`) is none."""
+    written = row.api_key if isinstance(row.api_key, list) else [row.api_key] if row.api_key else []
+    return list(dict.fromkeys(key.get_secret_value() for key in written if key.get_secret_value()))
+
+
+def _route(name: str, row: RouteRow, providers: Mapping[str, Provider]) -> Route:
+    targets = tuple(_target(entry.target, providers) for entry in row.targets)
+    weights = tuple(entry.weight for entry in row.targets) if row.strategy == "weighted" else ()
+    if not any(entry.prices for entry in row.targets):
+        return Route(name, targets, row.strategy, weights)
+    prices = tuple((entry.prices.input, entry.prices.output) if entry.prices else None for entry in row.targets)
+    return Route(name, targets, row.strategy, weights, prices)
 
 
 def _target(written: str, providers: Mapping[str, Provider]) -> Target:

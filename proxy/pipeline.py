@@ -22,14 +22,17 @@ Handler = Callable[[Call], Awaitable[Reply]]
 
 
 class Middleware(Protocol):
-    """A policy around calls. Its constructor's keywords and their annotations are its part of config.yaml's schema.
+    """A policy around calls. Its constructor's keywords and their annotations are its part of config.yaml's schema; it has no side
+    effects, because `penstock check` constructs, too.
 
     Beside `__call__` it may have any of these (found by name, none is needed):
 
         FIELDS: tuple[str, ...]                        request fields that are its own; they are never sent upstream
         admit(call, own) -> Call                       read them (sync, before any upstream is called); raises Refused
         authenticate(headers) -> Principal             who is calling, before the body is read; raises Refused 401
+        allows(principal, model) -> bool               may it use this model; what it may not is left out of listings
         endpoints: Sequence[Endpoint]                  paths that it serves
+        refused(error) -> None                         told of a request that the edge turned away before there was a call
         samples() -> Iterable[Sample]                  its figures, asked for when somebody scrapes
         health() -> dict                               its state, shown on /readyz?verbose
         attach(surroundings) -> None                   what is around it, once, before the first call
@@ -86,13 +89,13 @@ class Sample:
 class Surroundings:
     """What a middleware may want to know of the gateway it is in.
 
-    layers: the whole onion, outermost first. route: where a model name leads; raises Refused (400, 404). max_models: how many
-    models one request may name.
+    layers: the whole onion, outermost first. route: where a model name leads; raises Refused (400, 404).
+    gauges: figures of the process that no middleware can know (`upstream_connections`, `open_calls`).
     """
 
     layers: Sequence[Middleware]
     route: Callable[[str], Route]
-    max_models: int = 16
+    gauges: Mapping[str, Callable[[], float]] = field(default_factory=dict)
 
 
 def compose(middleware: Sequence[Middleware], innermost: Handler) -> Handler:

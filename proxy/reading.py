@@ -1,7 +1,8 @@
 """The checks of config.yaml: each part against its shape, then what must hold across parts.
 
 Strategy: one pass over a parsed document. Every check notes its faults and goes on, also where an earlier one failed: those
-across parts look at what is written, not at what was accepted. Middleware is checked against its constructor's keywords.
+across parts look at what is written, not at what was accepted. Middleware is checked against its constructor's keywords, then
+built once and thrown away: what `check` passes, `serve` can build. So a constructor has no side effects; `start` is for those.
 The one rule: nothing here raises for what stands in the file, and no fault repeats a value that may be a secret.
 """
 
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from proxy.routing import well_formed
-from proxy.shape import APIS, File, long_form, options_model
+from proxy.shape import APIS, File, address, given, long_form, options_model
 from proxy.wording import did_you_mean, keys, words
 from proxy.yamlfile import Document, Missing, spelled
 
@@ -44,11 +45,13 @@ class Reading:
     """One document being checked; every fault goes to `document.faults`.
 
     disabled: by provider the variables whose absence disables it, in the order of the file; known after `check`.
+    authenticated: some middleware says who is calling, so clients beyond this machine may be served; known after `middleware`.
     """
 
     document: Document
     known: Known
     disabled: dict[str, list[str]] = field(default_factory=dict)
+    authenticated: bool = False
 
     def check(self) -> tuple[File | None, list[Layer]]:
         """Check everything. The file and its middleware count only where no fault was noted."""
@@ -56,13 +59,13 @@ class Reading:
         names = self.section(value, "providers")
         self.variables(names)
         file = self.checked(File, self.prepared(value), ())
-        self.listen(file, value)
         self.default(value.get("default_provider"), names)
         for name, row in names.items():
             self.provider(name, row)
         for name, written in self.section(value, "models").items():
             self.route(name, written, names)
-        layers = [layer for layer in self.middleware(value.get("middleware")) if layer]
+        layers = [layer for layer in self.middleware(value.get("middleware"), names) if layer]
+        self.listen(file, value)
         return (file if isinstance(file, File) else None), layers
 
     def section(self, value: dict[str, Any], name: str) -> dict[str, Any]:
@@ -74,7 +77,7 @@ class Reading:
     def variables(self, rows: Mapping[str, Any]) -> None:
         """An unset variable disables the row whose key or URL it is; anywhere else it is a fault."""
         for path, variable in self.document.missing.items():
-            if len(path) == 3 and path[0] == "providers" and path[2] in ("api_key", "base_url"):
+            if path[2:] and path[0] == "providers" and (path[2] == "api_key" or path[2:] == ("base_url",)):
                 self.disabled.setdefault(str(path[1]), []).append(variable)
             else:
                 self.document.fault(path, f"environment variable {variable} is not set")
@@ -100,14 +103,17 @@ class Reading:
             return item
         if isinstance(item, dict):
             return {key: self.as_text(value, (*path, key)) for key, value in item.items()}
+        if isinstance(item, list) and path[2:] == ("api_key",):
+            found = [self.as_text(value, (*path, number)) for number, value in enumerate(item)]
+            return ["missing" if isinstance(value, Missing) else value for value in found]
         return self.document.texts.get(path, item) if isinstance(item, int | float) else item
 
     # Each part by itself
 
-    def checked(self, shape: type[BaseModel], value: Any, path: At) -> BaseModel | None:
+    def checked(self, shape: type[BaseModel], value: Any, path: At, context: Any = None) -> BaseModel | None:
         """The value as its model, or None after noting a fault for everything that pydantic found."""
         try:
-            return shape.model_validate(value)
+            return shape.model_validate(value, context=context)
         except ValidationError as error:
             for detail in error.errors(include_url=False, include_context=True):
                 self.note(detail, shape, path)
@@ -140,14 +146,19 @@ class Reading:
     # What holds across parts
 
     def listen(self, file: BaseModel | None, value: dict[str, Any]) -> None:
-        """Without auth, nobody beyond this machine may be served unless the operator says so."""
+        """Without auth, nobody beyond this machine may be served unless the operator says so. The admin address never has it."""
         server = self.section(value, "server")
         host = server.get("host", "127.0.0.1")
         # The checked value, so that every spelling of "no" is one; the written one only where the file is faulty anyway.
         allowed = file.server.allow_anonymous if isinstance(file, File) else server.get("allow_anonymous") is True
-        if isinstance(host, str) and host and not _is_loopback(host) and not allowed:
-            text = f"'{host}' is reachable beyond this machine and there is no auth; set allow_anonymous: true if that is meant"
+        means = "set allow_anonymous: true if that is meant"
+        if isinstance(host, str) and host and not _is_loopback(host) and not allowed and not self.authenticated:
+            text = f"'{host}' is reachable beyond this machine and there is no auth; {means}"
             self.document.fault(("server", "host"), text)
+        admin = file.server.admin_listen if isinstance(file, File) else None
+        if admin is not None and not _is_loopback(address(admin)[0]) and not allowed:
+            text = f"'{admin}' is reachable beyond this machine and the admin address has no auth; {means}"
+            self.document.fault(("server", "admin_listen"), text)
 
     def default(self, name: Any, rows: Mapping[str, Any]) -> None:
         if isinstance(name, str) and name not in rows:
@@ -160,7 +171,7 @@ class Reading:
         api, url = row.get("api"), row.get("base_url")
         if isinstance(api, str) and api in APIS and api not in BASE_URLS and url is None:
             self.document.fault((*path, "base_url"), f"is required for api: {api}")
-        if isinstance(api, str) and api in BASE_URLS and api != "demo" and url is None and row.get("api_key") in (None, ""):
+        if isinstance(api, str) and api in BASE_URLS and api != "demo" and url is None and row.get("api_key") in (None, "", [""]):
             self.document.fault((*path, "api_key"), f"is required for {BASE_URLS[api]}")
         if api == "demo" and url is not None:
             self.document.fault((*path, "base_url"), "api: demo answers inside the gateway and takes no base_url")
@@ -184,6 +195,8 @@ class Reading:
             at = (
                 path if isinstance(written, str) else (*path, number) if isinstance(written, list) else (*path, "targets", number)
             )
+            if isinstance(target, dict):
+                target, at = target.get("target"), (*at, "target")
             if isinstance(target, str):
                 self.target(target, at, rows)
 
@@ -196,19 +209,21 @@ class Reading:
 
     # Middleware
 
-    def middleware(self, entries: Any) -> Iterator[Layer | None]:
+    def middleware(self, entries: Any, providers: Mapping[str, Any]) -> Iterator[Layer | None]:
         for number, entry in enumerate(entries if isinstance(entries, list) else []):
             path: At = ("middleware", number)
             if isinstance(entry, str):
-                yield self.layer(entry, {}, path)
+                yield self.layer(entry, {}, path, providers)
             elif isinstance(entry, dict) and len(entry) == 1:
                 (name, options), *_ = entry.items()
-                yield self.layer(name, {} if options is None else options, (*path, name))
+                yield self.layer(name, {} if options is None else options, (*path, name), providers)
             elif not isinstance(entry, Missing):
                 self.document.fault(path, "must be a name, or one name with its options: {name: {option: value}}")
 
-    def layer(self, name: str, options: Any, path: At) -> Layer | None:
+    def layer(self, name: str, options: Any, path: At, providers: Mapping[str, Any]) -> Layer | None:
         factory = self.factory(name, path[:2])
+        # A faulty auth is still meant to be one: its own fault says what is wrong.
+        self.authenticated = self.authenticated or hasattr(factory, "authenticate")
         if factory is None or isinstance(options, Missing):
             return None
         if not isinstance(options, dict):
@@ -219,8 +234,23 @@ class Reading:
         except Exception as error:  # whatever a stranger's annotations raise
             self.document.fault(path, f"its options cannot be read from its constructor ({type(error).__name__}: {error})")
             return None
-        checked = self.checked(shape, options, path)
-        return (name, factory, _given(checked)) if checked is not None else None
+        checked = self.checked(shape, options, path, {"providers": providers})
+        if checked is None or any(missing[: len(path)] == path for missing in self.document.missing):
+            return None
+        return (name, factory, given(checked)) if self.can_be_built(factory, given(checked), path) else None
+
+    def can_be_built(self, factory: Factory, options: Mapping[str, Any], path: At) -> bool:
+        """Does the constructor accept what its annotations could not say? Its ValueErrors speak to the operator."""
+        try:
+            made = factory(**options)
+        except ValueError as error:
+            self.document.fault(path, str(error))
+            return False
+        except Exception as error:  # whatever a stranger's constructor raises; its words may hold a secret
+            self.document.fault(path, f"cannot be built from these options ({type(error).__name__})")
+            return False
+        self.authenticated = self.authenticated or hasattr(made, "authenticate")
+        return True
 
     def factory(self, name: str, path: At) -> Factory | None:
         """A name of the table, or `module:Name` imported."""
@@ -246,11 +276,6 @@ class Reading:
             self.document.fault(path, f"the module '{module}' has no '{attribute}' that can be called")
             return None
         return found  # type: ignore[no-any-return]
-
-
-def _given(options: BaseModel) -> dict[str, Any]:
-    """Only what the file gives; for the rest the constructor has its defaults."""
-    return {name: getattr(options, name) for name in options.model_fields_set}
 
 
 def _is_loopback(host: str) -> bool:

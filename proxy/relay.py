@@ -26,6 +26,7 @@ from proxy.reply import Batch, Completion, Reply
 
 log = structlog.get_logger("penstock")
 
+STALL_SECONDS = 1.0
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -45,6 +46,12 @@ class Relay:
         self._sent: Batch | None = None
         self._patience = _Patience(request, write_timeout)
 
+    @property
+    def buffered(self) -> int:
+        """Bytes that were written to the client and that its connection has not yet taken."""
+        transport = self._request.transport
+        return transport.get_write_buffer_size() if transport is not None else 0
+
     def interrupt(self, error: GatewayError) -> None:
         """End the stream now: the upstream is closed, and the client gets `error` as its last chunk."""
         self._interruption = error
@@ -63,8 +70,9 @@ class Relay:
             self._end(Outcome.CLIENT_GONE)
             raise
         except GatewayError as error:
-            self._end((self._interruption or error).outcome, error)
-            raise self._interruption or error from None
+            told = self._interruption or error
+            self._end(told.outcome, told)
+            raise told from None
         finally:
             if timer is not None:
                 timer.cancel()
@@ -123,15 +131,27 @@ class Relay:
         """Relay all batches but the final one, which is returned when the iterator has run to its end."""
         held = Batch([], final=True)
         events, write, patience = self._face.events, response.write, self._patience
-        async for batch in _unfolded(self._reply) if self._reply.whole else self._reply.chunks:
-            if batch.final:
-                held = batch
-                continue
-            self._sent = batch
-            patience.since = patience.clock()
-            await write(events(batch))
-            patience.since = None
-        return held
+        clock = patience.clock
+        longest, stalls, last = 0.0, 0, clock()
+        try:
+            async for batch in _unfolded(self._reply) if self._reply.whole else self._reply.chunks:
+                if batch.final:
+                    held = batch
+                    continue
+                self._sent = batch
+                patience.since = now = clock()
+                if (gap := now - last) > longest:
+                    longest = gap
+                if gap > STALL_SECONDS:
+                    stalls += 1
+                last = now
+                await write(events(batch))
+                patience.since = None
+            return held
+        finally:
+            # The silence before the end is a gap too: a stream that timed out had its longest there.
+            gap, trailer = clock() - last, self._reply.trailer
+            trailer.longest_gap, trailer.stalls = max(longest, gap), stalls + (gap > STALL_SECONDS)
 
     async def _write(self, response: web.StreamResponse, data: bytes) -> None:
         self._patience.writing()

@@ -100,15 +100,20 @@ class Head:
 class Trailer:
     """What is known at the end: usage, finish reasons, outcome. Filled as chunks flow; `end` runs once, whatever happens.
 
-    usage: OpenAI's usage object, or None where the upstream gave none. finish_reasons: by choice index.
+    usage: OpenAI's usage object, or None where the upstream gave none. finish_reasons: by choice index. longest_gap: seconds
+    between two writes to the client, or from the last one to the end; stalls: how many of these gaps were over a second.
     """
 
-    __slots__ = ("_callbacks", "_resources", "chunks", "error", "finish_reasons", "outcome", "usage")
+    __slots__ = (
+        "_callbacks", "_resources", "chunks", "error", "finish_reasons", "longest_gap", "outcome", "stalls", "usage",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.usage: Usage | None = None
         self.finish_reasons: dict[int, str] = {}
         self.chunks = 0
+        self.longest_gap = 0.0
+        self.stalls = 0
         self.outcome: Outcome | None = None
         self.error: GatewayError | None = None
         self._callbacks: list[Callable[[Trailer], None]] = []

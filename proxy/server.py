@@ -23,7 +23,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from proxy.admission import ANYBODY, Defaults, admit, parse_json, request_id
 from proxy.call import Call, Principal
-from proxy.errors import Draining, GatewayError, Outcome, Refused, UpstreamTimeout
+from proxy.errors import Draining, GatewayError, Outcome, Refused, UpstreamTimeout, why_cancelled
 from proxy.faces import FACES, Face
 from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query
 from proxy.relay import Relay
@@ -48,13 +48,14 @@ class ServerSettings:
     """What the operator decides about the edge. Sizes in bytes, times in seconds.
 
     loopback_only: refuse every Host but localhost, 127.0.0.1 and [::1], which keeps web pages (DNS rebinding) out of a gateway
-    that has no auth.
+    that has no auth; admin_loopback_only the same for the admin address, which never has.
     """
 
     max_body: int = 32 * 2**20
     body_timeout: float = 30.0
     write_timeout: float = 60.0
     loopback_only: bool = True
+    admin_loopback_only: bool = True
     defaults: Defaults = field(default_factory=Defaults)
 
 
@@ -71,7 +72,9 @@ class Edge:
         self._settings = settings
         self._layers = layers
         self._authenticate = next((found for layer in layers if (found := getattr(layer, "authenticate", None))), None)
+        self._allows = next((found for layer in layers if (found := getattr(layer, "allows", None))), None)
         self._endpoints = {point.path: point for layer in layers for point in getattr(layer, "endpoints", ())}
+        self._refused = [layer.refused for layer in layers if hasattr(layer, "refused")]
         self._active: dict[asyncio.Task[Any], Relay | None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -99,6 +102,11 @@ class Edge:
     def open_calls(self) -> int:
         return len(self._active)
 
+    @property
+    def buffered(self) -> int:
+        """Bytes that are waiting for clients to take them, over all streams."""
+        return sum(relay.buffered for relay in self._active.values() if relay is not None)
+
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """One HTTP request, from its head to its answer."""
         headers = request.headers
@@ -110,6 +118,8 @@ class Edge:
             log.info(
                 "request", id=identity, path=request.path[:200], outcome=error.outcome.value, status=error.status, code=error.code
             )
+            for refused in self._refused:
+                refused(error)
             return _error_response(error, identity)
         except (web.RequestPayloadError, ConnectionError):
             raise
@@ -122,7 +132,7 @@ class Edge:
         if path in ("/healthz", "/readyz") and "verbose" not in request.query:
             _allow(request, "GET", "HEAD")
             return self._health(path)
-        self._check_host(headers.get("host", ""))
+        self._check_host(headers.get("host", ""), self._settings.loopback_only)
         principal = self._authenticate(headers) if self._authenticate is not None else ANYBODY
         if face := ENDPOINTS.get(path):
             _allow(request, "POST")
@@ -132,13 +142,13 @@ class Edge:
         for models in MODELS:
             if path == models or path.startswith(models + "/"):
                 _allow(request, "GET")
-                return self._models(path[len(models) + 1 :])
+                return self._models(path[len(models) + 1 :], principal)
         raise Refused(f"There is nothing at {request.method} {path[:200]}.", status=404, code="unknown_path")
 
     async def handle_admin(self, request: web.BaseRequest) -> web.StreamResponse:
         """One request on the admin address: health and the middleware's endpoints, nothing else, for whoever can reach it."""
         try:
-            self._check_host(request.headers.get("host", ""))
+            self._check_host(request.headers.get("host", ""), self._settings.admin_loopback_only)
             if request.path in ("/healthz", "/readyz") and "verbose" not in request.query:
                 _allow(request, "GET", "HEAD")
                 return self._health(request.path)
@@ -174,18 +184,24 @@ class Edge:
         found = {"status": "ok" if self._ready else "draining", "open_calls": self.open_calls, "middleware": state}
         return Answer(orjson.dumps(found, default=str), 200 if self._ready else 503)
 
-    def _check_host(self, host: str) -> None:
+    def _check_host(self, host: str, loopback_only: bool) -> None:
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if self._settings.loopback_only and name.strip("[]").lower() not in LOOPBACK_HOSTS:
+        if loopback_only and name.strip("[]").lower() not in LOOPBACK_HOSTS:
             raise Refused(
                 "Without auth this gateway only answers to the Host localhost, 127.0.0.1 or [::1].",
                 status=403,
                 code="host_not_allowed",
             )
 
-    def _models(self, model: str) -> web.Response:
+    def _models(self, model: str, principal: Principal) -> web.Response:
+        """The models, or one of them; what a key may not use does not exist for it."""
+        allows = self._allows or (lambda principal, name: True)
         if not model:
-            return _json({"object": "list", "data": self._directory.listing()})
+            return _json(
+                {"object": "list", "data": [entry for entry in self._directory.listing() if allows(principal, entry["id"])]}
+            )
+        if not allows(principal, model):
+            raise Refused(f"The model '{model[:200]}' does not exist.", status=404, code="model_not_found", param="model")
         return _json(self._directory.find(model))
 
     async def _call(
@@ -216,15 +232,20 @@ class Edge:
 
     async def _in_time(self, call: Call) -> Reply:
         """The pipeline's reply, before the call's deadline."""
-        if call.deadline is None:
+        task = asyncio.current_task()
+        if call.deadline is None or task is None:
             return await self._handler(call)
+        # The cancellation says why, so that whoever it passes through on its way does not take it for the client's leaving.
+        timer = asyncio.get_running_loop().call_at(call.deadline, task.cancel, Outcome.TIMEOUT_TOTAL)
         try:
-            async with asyncio.timeout_at(call.deadline) as timer:
-                return await self._handler(call)
-        except TimeoutError:
-            if timer.expired():
-                raise UpstreamTimeout("total", call.limits.total or 0.0) from None
-            raise
+            return await self._handler(call)
+        except asyncio.CancelledError as error:
+            if why_cancelled(error) is not Outcome.TIMEOUT_TOTAL:
+                raise
+            task.uncancel()
+            raise UpstreamTimeout("total", call.limits.total or 0.0) from None
+        finally:
+            timer.cancel()
 
     async def _unless_ended(self, waiting: Awaitable[T]) -> T:
         """What is waited for. A cancellation that `end_all` caused is told to the client; any other means that it is gone."""
@@ -356,8 +377,10 @@ def _head_headers(call: Call, head: Head, seconds: float) -> dict[str, str]:
 def _error_response(error: GatewayError, identity: str) -> web.Response:
     fields = {**error.headers, "X-Request-Id": identity}
     if error.tries:
+        fields["X-Penstock-Attempts"] = str(len(error.tries))
+    if len(error.tries) > 1:
         # The official SDKs would try again on their own; that has been done.
-        fields |= {"X-Penstock-Attempts": str(len(error.tries)), "x-should-retry": "false"}
+        fields["x-should-retry"] = "false"
     response = _json({"error": error.envelope()}, error.status, fields)
     if error.headers.get("Connection") == "close":
         response.force_close()

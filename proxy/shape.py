@@ -1,13 +1,15 @@
 """The shape of config.yaml: what may be written, in which bounds. No file, no environment, no checks across.
 
 Strategy: one frozen model per section, unknown keys forbidden; numbers carry the marks of `proxy.units`, which `setting`
-turns into validators, for these models and for the constructor keywords of middleware alike.
+turns into validators, for these models and for the constructor keywords of middleware alike. A dataclass among those is checked
+as a section of its own, field by field, before it is made.
 The one rule: validators speak to the operator and never repeat a value; it may be a secret in the wrong place.
 """
 
 from __future__ import annotations
 
 import collections.abc
+import dataclasses
 import inspect
 import types
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from pydantic import (
     Field,
     GetJsonSchemaHandler,
     SecretStr,
+    ValidationInfo,
     WithJsonSchema,
     create_model,
 )
@@ -29,11 +32,21 @@ from pydantic_core import CoreSchema, core_schema
 
 from proxy import units
 from proxy.units import Between, ByteSize, Seconds
+from proxy.wording import did_you_mean
 
 DURATION_SCHEMA = {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}], "description": units.DURATION_WORDS}
 SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}], "description": units.SIZE_WORDS}
 
+
+def _known_provider(name: str, info: ValidationInfo) -> str:
+    providers = (info.context or {}).get("providers")
+    if providers is not None and name not in providers:
+        raise ValueError(f"there is no such provider{did_you_mean(name, providers)}")
+    return name
+
+
 MARKS: dict[str, tuple[Any, ...]] = {
+    "provider": (AfterValidator(_known_provider),),
     "seconds": (BeforeValidator(units.seconds), WithJsonSchema(DURATION_SCHEMA)),
     "bytes": (BeforeValidator(units.byte_size), WithJsonSchema(SIZE_SCHEMA)),
 }
@@ -68,7 +81,13 @@ class _Bounds:
 
 
 def setting(annotation: Any) -> Any:
-    """The annotation with the marks of `proxy.units` replaced by validators, also inside unions, lists and mappings."""
+    """The annotation with its marks replaced by validators, also inside unions, lists, mappings and dataclasses.
+
+    Marks: those of `proxy.units`; "provider", the name of a row of `providers:`; anything with `check(value)`, which raises
+    ValueError in words for the operator.
+    """
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return _section_of(annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         marks = [found for mark in annotation.__metadata__ for found in _validators(mark)]
@@ -84,7 +103,37 @@ def setting(annotation: Any) -> Any:
 def _validators(mark: Any) -> tuple[Any, ...]:
     if isinstance(mark, Between):
         return (_Bounds(mark),)
+    if callable(check := getattr(mark, "check", None)):
+        return (AfterValidator(_checking(check)),)
     return MARKS.get(mark, ()) if isinstance(mark, str) else (mark,)
+
+
+def _checking(check: Callable[[Any], object]) -> Callable[[Any], Any]:
+    def checked(value: Any) -> Any:
+        check(value)
+        return value
+
+    return checked
+
+
+def _section_of(made: type) -> Any:
+    """The section that a dataclass's fields make up; what is checked becomes an instance, with its own defaults."""
+    hints = get_type_hints(made, include_extras=True)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(made):
+        if field.init:
+            optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+            fields[field.name] = (setting(hints[field.name]), Field(default=None) if optional else Field())
+    config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, protected_namespaces=(), title=made.__name__)
+    # Named in full: the schema of config.yaml has the sections of all middleware in one table.
+    name = f"{made.__module__}.{made.__qualname__}".replace(".", "_")
+    section = create_model(name, __config__=config, __doc__=inspect.getdoc(made), **fields)
+    return Annotated[section, AfterValidator(lambda found: made(**given(found)))]
+
+
+def given(options: BaseModel) -> dict[str, Any]:
+    """Only what the file gives; for the rest whoever takes it has its own defaults."""
+    return {name: getattr(options, name) for name in options.model_fields_set}
 
 
 class Section(BaseModel):
@@ -104,6 +153,16 @@ def _no_brackets(host: str) -> str:
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
+def _address(written: str) -> str:
+    host, colon, port = written.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not colon or not _no_brackets(host) or (":" in host and not bracketed):
+        raise ValueError("must be host:port, such as 127.0.0.1:9090 or [::1]:9090")
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) <= 65535):
+        raise ValueError("must end with a port from 0 to 65535")
+    return written
+
+
 Port = Annotated[int, _Bounds(Between(0, 65535))]
 LongWait = Annotated[float, *MARKS["seconds"], _Bounds(Between(0, 86400))]
 ShortWait = Annotated[float, *MARKS["seconds"], _Bounds(Between(0.001, 3600))]
@@ -111,7 +170,11 @@ BodySize = Annotated[int, *MARKS["bytes"], _Bounds(Between(1024, 2**30))]
 
 
 class Server(Section):
-    """Where and how the gateway listens. Durations in seconds, sizes in bytes; port 0 is any free port."""
+    """Where and how the gateway listens. Durations in seconds, sizes in bytes; port 0 is any free port.
+
+    admin_listen: `host:port` of a second address that serves health, metrics and admin endpoints, without auth.
+    allow_anonymous: somebody beyond this machine may use an address that has no auth.
+    """
 
     host: Annotated[str, Field(min_length=1), AfterValidator(_no_brackets)] = "127.0.0.1"
     port: Port = 8080
@@ -121,10 +184,22 @@ class Server(Section):
     drain_delay: LongWait = 0.0
     drain_timeout: LongWait = 30.0
     write_timeout: ShortWait = 60.0
-    max_depth: Annotated[int, _Bounds(Between(4, 512))] = 64
+    max_depth: Annotated[int, _Bounds(Between(4, 240))] = 64
+    admin_listen: Annotated[str, AfterValidator(_address)] | None = None
     allow_anonymous: bool = False
     strict_params: bool = False
     usage_placement: Literal["chunk", "finish"] = "chunk"
+
+    @property
+    def admin_address(self) -> tuple[str, int] | None:
+        """Host and port of `admin_listen`; None where it is off."""
+        return address(self.admin_listen) if self.admin_listen is not None else None
+
+
+def address(written: str) -> tuple[str, int]:
+    """`[::1]:9090` -> ("::1", 9090)."""
+    host, _, port = written.rpartition(":")
+    return _no_brackets(host), int(port)
 
 
 def _http_url(url: str) -> str:
@@ -160,6 +235,7 @@ HeaderName = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
 HeaderValue = Annotated[str, AfterValidator(_header_value)]
 ProviderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
+KeyValue = Annotated[SecretStr, AfterValidator(_key_value)]
 
 
 class ProviderRow(Section):
@@ -167,7 +243,7 @@ class ProviderRow(Section):
 
     api: Literal["openai", "anthropic", "gemini", "cohere", "demo"]
     base_url: HttpUrl | None = None
-    api_key: Annotated[SecretStr, AfterValidator(_key_value)] | None = None
+    api_key: KeyValue | Annotated[list[KeyValue], Field(min_length=1)] | None = None
     key_header: HeaderName | None = None
     query: dict[str, str] = {}
     headers: dict[HeaderName, HeaderValue] = {}
@@ -188,14 +264,45 @@ def long_form(written: Any) -> Any:
     return {"targets": written} if isinstance(written, list) else written
 
 
+def _weight(weight: float) -> float:
+    if not 0 < weight <= 1_000_000:
+        raise ValueError("must be above 0 and at most 1000000")
+    return weight
+
+
+Dollars = Annotated[float, _Bounds(Between(0, 1_000_000))]
+
+
+class PriceRow(Section):
+    """US dollars per million tokens."""
+
+    input: Dollars
+    output: Dollars
+
+
+class TargetRow(Section):
+    """One target of a route. weight: its share for `strategy: weighted`; prices: instead of the table's, for `cheapest`."""
+
+    target: str
+    weight: Annotated[float, BeforeValidator(_no_truth), AfterValidator(_weight)] = 1.0
+    prices: PriceRow | None = None
+
+
+def _target_form(written: Any) -> Any:
+    return {"target": written} if isinstance(written, str) else written
+
+
+TargetForms = Annotated[TargetRow, BeforeValidator(_target_form, json_schema_input_type=TargetRow | str)]
+
+
 class RouteRow(Section):
-    """One route of `models:`."""
+    """One route of `models:`. strategy: in which order its targets are tried."""
 
-    targets: Annotated[list[str], Field(min_length=1)]
-    strategy: Literal["fallback"] = "fallback"
+    targets: Annotated[list[TargetForms], Field(min_length=1)]
+    strategy: Literal["fallback", "weighted", "least_latency", "cheapest"] = "fallback"
 
 
-RouteForms = Annotated[RouteRow, BeforeValidator(long_form, json_schema_input_type=RouteRow | str | list[str])]
+RouteForms = Annotated[RouteRow, BeforeValidator(long_form, json_schema_input_type=RouteRow | str | list[TargetForms])]
 
 
 class File(Section):
@@ -236,4 +343,7 @@ def _is_callable(hint: Any) -> bool:
     return any(kind is collections.abc.Callable for form in (hint, *get_args(hint)) for kind in (form, get_origin(form)))
 
 
-__all__ = ["APIS", "ByteSize", "File", "ProviderRow", "RouteRow", "Seconds", "Section", "Server", "options_model", "setting"]
+__all__ = [
+    "APIS", "ByteSize", "File", "ProviderRow", "RouteRow", "Seconds", "Section", "Server",
+    "address", "given", "options_model", "setting",
+]  # fmt: skip

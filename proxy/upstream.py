@@ -2,6 +2,7 @@
 
 Strategy: one `ClientSession` per process, no pool limit of aiohttp's own, connections reused after a reply's own end was seen.
 aiohttp's exceptions are mapped here, once; above this file nobody knows them.
+A kept connection that proves dead before a byte of the answer came is replaced by a new one, once, unseen by everybody above.
 The one rule: `close` closes the socket at once and may be called from anywhere, any number of times.
 
 Redirects are not followed (they would carry the key elsewhere), proxies from the environment are not used, cookies are not kept.
@@ -17,11 +18,14 @@ from functools import lru_cache
 
 from aiohttp import (
     ClientConnectionError,
+    ClientConnectionResetError,
     ClientConnectorCertificateError,
     ClientConnectorDNSError,
     ClientConnectorError,
     ClientError,
+    ClientOSError,
     ClientPayloadError,
+    ClientRequest,
     ClientResponse,
     ClientResponseError,
     ClientSession,
@@ -29,8 +33,11 @@ from aiohttp import (
     ConnectionTimeoutError,
     ContentTypeError,
     DummyCookieJar,
+    ServerDisconnectedError,
     TCPConnector,
 )
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.tracing import Trace
 from yarl import URL
 
 from proxy.call import Limits
@@ -42,51 +49,101 @@ READ_BUFFER = 2**16
 HEADER_LIMIT = 2**15
 
 
-class HttpTransport:
-    """Sends requests over HTTP/1.1. `open` and `close` belong to the process's start and end."""
+class _Connector(TCPConnector):
+    """Knows which tasks have been given a new connection since they were last struck off. Reuse, the usual case, costs nothing
+    here; aiohttp's tracing would tell the same at the price of some signals per request.
+    """
 
-    def __init__(self, session: ClientSession) -> None:
+    def __init__(self) -> None:
+        super().__init__(limit=0, ttl_dns_cache=60, keepalive_timeout=30, enable_cleanup_closed=False)
+        self.newly: set[asyncio.Task[object] | None] = set()
+
+    async def _create_connection(
+        self,
+        req: ClientRequest,
+        traces: list[Trace],
+        timeout: ClientTimeout,  # noqa: ASYNC109 - aiohttp's own signature
+    ) -> ResponseHandler:
+        found = await super()._create_connection(req, traces, timeout)
+        self.newly.add(asyncio.current_task())
+        return found
+
+
+class HttpTransport:
+    """Sends requests over HTTP/1.1. `open` and `close` belong to the process's start and end.
+
+    session: keeps its connections. unpooled: has a new connection for every request.
+    """
+
+    def __init__(self, session: ClientSession, unpooled: ClientSession, newly: set[asyncio.Task[object] | None]) -> None:
         self._session = session
+        self._unpooled = unpooled
+        self._newly = newly
         self._lingering: set[HttpResponse] = set()
 
     @classmethod
     def open(cls) -> HttpTransport:
-        """A transport with its own session; needs a running loop."""
-        connector = TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=30, enable_cleanup_closed=False)
-        session = ClientSession(
-            connector=connector,
-            timeout=ClientTimeout(total=None),
-            cookie_jar=DummyCookieJar(),
-            read_bufsize=READ_BUFFER,
-            max_line_size=HEADER_LIMIT,
-            max_field_size=HEADER_LIMIT,
-            skip_auto_headers=("User-Agent", "Accept"),
-        )
-        return cls(session)
+        """A transport with its own sessions; needs a running loop."""
+        pool = _Connector()
+        return cls(_session(pool), _session(TCPConnector(limit=0, ttl_dns_cache=60, force_close=True)), pool.newly)
 
     async def close(self) -> None:
         for response in list(self._lingering):
             response.close()
         await self._session.close()
+        await self._unpooled.close()
 
     @property
     def connections(self) -> int:
         """How many upstream connections are busy now."""
-        connector = self._session.connector
-        return len(connector._acquired) if connector is not None else 0
+        connectors = (self._session.connector, self._unpooled.connector)
+        return sum(len(connector._acquired) for connector in connectors if connector is not None)
 
     async def send(self, request: UpstreamRequest, limits: Limits) -> HttpResponse:
+        task = asyncio.current_task()
         try:
-            response = await self._session.post(
-                _url(request.url),
-                data=request.body,
-                headers=request.headers,
-                timeout=_timeout(limits.connect),
-                allow_redirects=False,
-            )
+            return await self._post(self._session, request, limits)
+        except (ServerDisconnectedError, ClientOSError, ClientConnectionResetError) as error:
+            # Two ends of one idle connection: the provider closed it while our request was on its way (RFC 9112, 9.3.1).
+            if task in self._newly or not _unanswered(error):
+                raise _mapped(error, limits) from None
         except (ClientError, OSError, TimeoutError, ValueError) as error:
             raise _mapped(error, limits) from None
+        finally:
+            self._newly.discard(task)
+        try:
+            return await self._post(self._unpooled, request, limits)
+        except (ClientError, OSError, TimeoutError, ValueError) as error:
+            raise _mapped(error, limits) from None
+
+    async def _post(self, session: ClientSession, request: UpstreamRequest, limits: Limits) -> HttpResponse:
+        response = await session.post(
+            _url(request.url),
+            data=request.body,
+            headers=request.headers,
+            timeout=_timeout(limits.connect),
+            allow_redirects=False,
+        )
         return HttpResponse(response, self._lingering)
+
+
+def _session(connector: TCPConnector) -> ClientSession:
+    return ClientSession(
+        connector=connector,
+        timeout=ClientTimeout(total=None),
+        cookie_jar=DummyCookieJar(),
+        read_bufsize=READ_BUFFER,
+        max_line_size=HEADER_LIMIT,
+        max_field_size=HEADER_LIMIT,
+        skip_auto_headers=("User-Agent", "Accept"),
+    )
+
+
+def _unanswered(error: ClientError) -> bool:
+    """Did the connection break before the answer's first byte, once it stood? Half a head is kept in the exception."""
+    if isinstance(error, ClientConnectorError):
+        return False
+    return not isinstance(error, ServerDisconnectedError) or isinstance(error.message, str)
 
 
 class HttpResponse:

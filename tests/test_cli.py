@@ -145,5 +145,5 @@ def test_the_module_runs_and_checks_the_shipped_example() -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "middleware: tracking, timeout" in done.stdout
+    assert "middleware: metrics, tracking, cache, fallback, retry, timeout" in done.stdout
     assert "providers enabled: demo, " in done.stdout

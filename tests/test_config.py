@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from middleware import TABLE
 from proxy import units
 from proxy.config import BASE_URLS, Config, ConfigError, json_schema, load, parse
 from proxy.shape import APIS
@@ -51,7 +53,43 @@ class Timeout:
 def tracking(*, header: str = "X-Penstock-Name") -> None: ...
 
 
-KNOWN: dict[str, Any] = {"tracking": tracking, "timeout": Timeout, "cache": Cache}
+@dataclass(frozen=True)
+class Even:
+    """A mark of a middleware's own."""
+
+    def check(self, value: int) -> None:
+        if value % 2:
+            raise ValueError("must be even")
+
+
+@dataclass(frozen=True)
+class Door:
+    """An option of nested shape."""
+
+    name: str
+    code: str = field(repr=False)
+    size: Annotated[int, Even()] = 2
+    open_for: Seconds = 1.0
+    limits: dict[str, Any] = field(default_factory=dict)
+
+
+class Guard:
+    def __init__(self, *, doors: tuple[Door, ...] = (), via: tuple[Annotated[str, "provider"], ...] = ()) -> None:
+        if len({door.name for door in doors}) < len(doors):
+            raise ValueError("two doors have one name")
+        if any(door.code == "boom" for door in doors):
+            raise RuntimeError(doors[0].code)
+        self.doors, self.via = doors, via
+
+    def authenticate(self, headers: Any) -> None: ...
+
+
+def made_guard(*, code: str = "") -> Guard:
+    """A factory does not show what it makes; what it made does."""
+    return Guard()
+
+
+KNOWN: dict[str, Any] = {"tracking": tracking, "timeout": Timeout, "cache": Cache, "guard": Guard, "made_guard": made_guard}
 
 
 def parsed(text: str, environ: dict[str, str] | None = None, **overrides: object) -> Config:
@@ -112,7 +150,7 @@ extra: 1
         "providers.claude.usage (line 9): must be 'stream_options', 'always' or 'none'",
         'providers["bad name"] (line 10): has a character that is not allowed in a name',
         "providers.gemini.api_key (line 11): is required for https://generativelanguage.googleapis.com/v1beta",
-        "models.fast.strategy (line 13): must be 'fallback'",
+        "models.fast.strategy (line 13): must be 'fallback', 'weighted', 'least_latency' or 'cheapest'",
         "models.fast.targets[0] (line 13): there is no provider 'opnai'; did you mean 'openai'?",
         "models.fast.targets[1] (line 13): must be provider/model",
         "models[\"openai/gpt\"] (line 14): is taken: 'openai/…' names a model of the provider 'openai'",
@@ -137,6 +175,12 @@ extra: 1
         ("[1]", "config.yaml (line 1): must be a mapping with sections such as server, providers, models, middleware"),
         ("server: {}\nmiddleware: tracking", "middleware (line 2): must be a list"),
         ("server:\n  port: 1\n  port: 2", "server.port (line 3): stands here a second time"),
+        ("server: {admin_listen: 9090}", "server.admin_listen (line 1): must be text"),
+        ("server: {admin_listen: '127.0.0.1:'}", "server.admin_listen (line 1): must end with a port"),
+        ("server: {admin_listen: '127.0.0.1:70000'}", "server.admin_listen (line 1): must end with a port"),
+        ("server: {admin_listen: '::1:90'}", "server.admin_listen (line 1): must be host:port"),
+        ("server: {admin_listen: ':90'}", "server.admin_listen (line 1): must be host:port"),
+        ("server: {admin_listen: '0.0.0.0:90'}", "server.admin_listen (line 1): '0.0.0.0:90' is reachable beyond this machine"),
         ("server: {port: 1.5}", "server.port (line 1): must be a whole number"),
         ("server: {strict_params: perhaps}", "server.strict_params (line 1): must be true or false"),
         ("server: {port: true}", "server.port (line 1): must be a number"),
@@ -144,7 +188,7 @@ extra: 1
         ("server: {host: ''}", "server.host (line 1): must not be empty"),
         ("server: {port: !port 1}", "server.port (line 1): the tag !port is not supported"),
         ("server: &a {port: 1, host: *a}", "server.host (line 1): contains itself"),
-        ("server:\n  admin_listen: x", "server.admin_listen (line 2): unknown key; did you mean"),
+        ("server:\n  admin_listen: x", "server.admin_listen (line 2): must be host:port"),
         ("a: b: c", "config.yaml (line 1): is no valid YAML: mapping values are not allowed here"),
         ("a: 1\n\x07", "config.yaml (line 1): is no YAML"),
         ("middleware: ['os.path:nothing']", "middleware[0] (line 1): the module 'os.path' has no 'nothing' that can be called"),
@@ -178,6 +222,24 @@ def test_a_host_beyond_loopback_is_refused_unless_anonymous_clients_are_allowed(
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "::1", "[::1]"])
 def test_a_loopback_host_needs_no_permission(host: str) -> None:
     assert parsed(f"server: {{host: '{host}'}}").server.host == host.strip("[]")
+
+
+@pytest.mark.parametrize("middleware", ["guard", "made_guard"])
+def test_a_host_beyond_loopback_is_fine_with_auth(middleware: str) -> None:
+    assert parsed(f"server: {{host: 0.0.0.0}}\nmiddleware: [{middleware}]").server.host == "0.0.0.0"
+
+
+def test_a_faulty_auth_has_one_fault_and_none_about_the_host() -> None:
+    text = "server: {host: 0.0.0.0}\nmiddleware: [{guard: {doors: 5}}]"
+    assert one(text) == "middleware[0].guard.doors (line 2): must be a list"
+
+
+def test_the_admin_address_never_has_auth_so_beyond_loopback_it_needs_permission() -> None:
+    text = "server: {{admin_listen: '[::]:9090', allow_anonymous: {allow}}}\nmiddleware: [guard]"
+    assert "admin address has no auth" in one(text.format(allow="false"))
+    assert parsed(text.format(allow="true")).server.admin_address == ("::", 9090)
+    assert parsed("server: {admin_listen: 'localhost:0'}").server.admin_address == ("localhost", 0)
+    assert parsed("").server.admin_address is None
 
 
 def test_overrides_go_through_the_same_checks_as_the_file() -> None:
@@ -337,6 +399,56 @@ def test_routes_take_a_bare_target_a_list_and_the_long_form() -> None:
     }
 
 
+NESTED = """\
+providers: {demo: {api: demo}}
+middleware:
+  - guard:
+      via: [demo, dmeo]
+      doors:
+        - {name: a, code: "${CODE}", size: 3}
+        - name: b
+          code: [x]
+          size: many
+        - {name: c, code: x, siez: 2}
+        - {code: x}
+        - x
+"""
+
+
+def test_every_fault_of_a_nested_option_has_its_path_and_line() -> None:
+    assert faults(NESTED) == [
+        "middleware[0].guard.via[1] (line 4): there is no such provider; did you mean 'demo'?",
+        "middleware[0].guard.doors[0].code (line 6): environment variable CODE is not set",
+        "middleware[0].guard.doors[0].size (line 6): must be even",
+        "middleware[0].guard.doors[1].code (line 8): must be text; put it in quotes",
+        "middleware[0].guard.doors[1].size (line 9): must be a whole number",
+        "middleware[0].guard.doors[2].siez (line 10): unknown key; did you mean 'size'?",
+        "middleware[0].guard.doors[3].name (line 11): is required",
+        "middleware[0].guard.doors[4] (line 12): must be a mapping",
+    ]
+
+
+def test_a_nested_option_arrives_as_its_dataclass_with_its_own_defaults() -> None:
+    text = "middleware: [{guard: {doors: [{name: a, code: '${CODE}', open_for: 2m}, {name: b, code: x}]}}]"
+    spec = parsed(text, {"CODE": SECRET}).middleware[0]
+    assert spec.options == {"doors": (Door("a", SECRET, 2, 120.0), Door("b", "x"))}
+    assert SECRET not in repr(spec)
+
+
+def test_what_a_constructor_refuses_is_a_fault_of_its_entry() -> None:
+    text = "middleware:\n  - guard: {doors: [{name: a, code: x}, {name: a, code: y}]}"
+    assert one(text) == "middleware[0].guard (line 2): two doors have one name"
+    text = f"middleware: [{{guard: {{doors: [{{name: {SECRET}, code: boom}}]}}}}]"
+    assert one(text) == "middleware[0].guard (line 1): cannot be built from these options (RuntimeError)"
+
+
+def test_the_schema_knows_nested_options() -> None:
+    schema = json_schema(KNOWN)
+    assert valid(as_written("middleware: [{guard: {doors: [{name: a, code: x}]}}]"), schema, schema)
+    assert not valid(as_written("middleware: [{guard: {doors: [{name: a, coed: x}]}}]"), schema, schema)
+    assert not valid(as_written("middleware: [{guard: {doors: [{name: a}]}}]"), schema, schema)
+
+
 def test_middleware_gets_only_the_options_that_stand_in_the_file() -> None:
     text = "middleware: [tracking, {cache: {ttl: 30m, max_bytes: 1KiB, total: null}}, timeout: , 'tests.test_config:tracking']"
     specs = parsed(text).middleware
@@ -431,17 +543,17 @@ def test_a_file_nested_without_end_is_a_fault() -> None:
 
 
 def test_the_example_loads_without_any_variable_set() -> None:
-    config = load(EXAMPLE, {}, KNOWN)
+    config = load(EXAMPLE, {}, TABLE)
     enabled = [name for name, row in config.providers.items() if row.missing is None]
     assert enabled == ["demo", "ollama", "vllm"]
     assert len(config.warnings) == len(config.providers) - len(enabled)
-    assert [spec.name for spec in config.middleware] == ["tracking", "timeout"]
-    assert config.middleware[1].options["call_timeout"] == 600.0
+    assert [spec.name for spec in config.middleware] == ["metrics", "tracking", "cache", "fallback", "retry", "timeout"]
+    assert config.middleware[-1].options["call_timeout"] == 600.0
 
 
 def test_the_example_loads_with_every_variable_set() -> None:
     names = re.findall(r"\$\{([A-Z_]+)\}", EXAMPLE.read_text())
-    config = load(EXAMPLE, dict.fromkeys(names, "value"), KNOWN)
+    config = load(EXAMPLE, dict.fromkeys(names, "value"), TABLE)
     assert config.warnings == ()
     assert config.providers["azure"].base_url == "https://value.openai.azure.com/openai/deployments/{model}"
     assert config.providers["azure"].query == (("api-version", "2024-10-21"),)
@@ -497,7 +609,7 @@ def as_written(path_or_text: str) -> Any:
 
 
 def test_the_schema_accepts_the_example_as_written() -> None:
-    schema = json_schema(KNOWN)
+    schema = json_schema(TABLE)
     assert valid(as_written(EXAMPLE.read_text()), schema, schema)
 
 
@@ -528,3 +640,41 @@ def test_the_schema_refuses_what_the_config_refuses(text: str) -> None:
 def test_the_schema_accepts_short_forms_and_variables(text: str) -> None:
     schema = json_schema(KNOWN)
     assert valid(as_written(text), schema, schema)
+
+
+ROUTED = "providers: {a: {api: demo}, b: {api: demo}}\n"
+
+
+def test_a_route_has_a_strategy_weights_and_prices() -> None:
+    written = "models: {r: {strategy: weighted, targets: [a/x, {target: b/y, weight: 3, prices: {input: 1, output: 2.5}}]}}"
+    route = parse(ROUTED + written, {}).routes["r"]
+    assert ([str(target) for target in route.targets], route.strategy, route.weights) == (["a/x", "b/y"], "weighted", (1.0, 3.0))
+    assert route.prices == (None, (1.0, 2.5))
+
+
+@pytest.mark.parametrize(
+    ("targets", "fault"),
+    [
+        ("[{target: c/x}]", "models.r.targets[0].target (line 2): there is no provider 'c'"),
+        ("[{target: a/x, weight: 0}]", "models.r.targets[0].weight (line 2): must be above 0"),
+        ("[{target: a/x, wait: 1}]", "models.r.targets[0].wait (line 2): unknown key"),
+        ("[{target: a/x, prices: {input: 1}}]", "models.r.targets[0].prices.output (line 2): is required"),
+        ("[{target: a/x, prices: {input: -1, output: 1}}]", "models.r.targets[0].prices.input (line 2): must be from 0"),
+        ("[{weight: 1}]", "models.r.targets[0].target (line 2): is required"),
+    ],
+)
+def test_a_fault_in_a_target_has_its_path(targets: str, fault: str) -> None:
+    assert faults(f"{ROUTED}models: {{r: {{targets: {targets}}}}}")[0].startswith(fault)
+
+
+def test_a_provider_may_have_several_keys_and_empty_ones_are_none() -> None:
+    text = "providers: {p: {api: openai, base_url: 'http://x', api_key: ['${A}', '${SPARE:-}', 12345678]}}"
+    provider = parse(text, {"A": "first-key"}).providers["p"]
+    assert (provider.api_key, provider.further_keys) == ("first-key", ("12345678",))
+
+
+def test_an_unset_variable_in_a_list_of_keys_disables_the_provider_as_any_other_does() -> None:
+    text = "providers: {p: {api: openai, base_url: 'http://x', api_key: [one, '${B}']}}"
+    config = parse(text, {})
+    assert (config.providers["p"].missing, config.providers["p"].api_key, config.providers["p"].further_keys) == ("B", None, ())
+    assert config.warnings == ("provider 'p' is disabled: set B",)

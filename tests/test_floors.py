@@ -49,7 +49,11 @@ THIRD_PARTY = {
     "uvloop": {"proxy.app"},
     "pydantic": CONFIG,
     "pydantic_core": CONFIG,
-    "ruamel": CONFIG,
+    "ruamel": CONFIG | {"middleware.auth.keysfile"},
+    "cachetools": {"middleware.cache.store"},
+    "throttled": {"middleware.limits.meters"},
+    "prometheus_client": {"middleware.metrics.families", "middleware.metrics.samples"},
+    "genai_prices": {"middleware.metrics.prices", "middleware.fallback.prices"},
 }
 LOGGING_FLOOR = 6  # from here up anybody may log; below it only middleware and proxy.logs
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -14,9 +13,9 @@ import middleware
 from middleware.timeout import Timeout
 from middleware.tracking import Tracking
 from proxy.call import Call
-from proxy.errors import GatewayError, Outcome, Refused, UpstreamError, UpstreamTimeout
+from proxy.errors import Refused, UpstreamError, UpstreamTimeout
 from proxy.pipeline import Handler, compose
-from proxy.reply import Batch, Head, Reply, Trailer, Try
+from proxy.reply import Batch, Head, Reply, Trailer
 from tests.support.decoding import make_call
 
 Json = dict[str, Any]
@@ -72,112 +71,6 @@ def tracking(lines: list[Json]) -> Tracking:
     made = Tracking()
     made.clock = Clock()
     return made
-
-
-class TestTracking:
-    async def test_a_completed_stream_is_one_line_when_it_has_ended(self, tracking: Tracking, lines: list[Json]) -> None:
-        clock = tracking.clock
-        assert isinstance(clock, Clock)
-        given = reply(tries=(Try("a/b", "upstream_error", 0.1),))
-
-        async def next(call: Call) -> Reply:
-            clock.now += 0.25
-            return given
-
-        got = await tracking(asked(), next)
-        assert got is given, "nothing per chunk: the reply goes through as it is"
-        assert lines == [], "the stream is still flowing"
-        clock.now += 1.0
-        got.trailer.usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-        got.trailer.finish_reasons = {0: "stop", 1: "length"}
-        got.trailer.end(Outcome.COMPLETED)
-        got.trailer.end(Outcome.CLIENT_GONE)
-        assert lines == [
-            {
-                "event": "request",
-                "log_level": "info",
-                "id": "req_1",
-                "kind": "chat",
-                "model": "public-model",
-                "name": "bot",
-                "stream": True,
-                "outcome": "completed",
-                "total_ms": 1250.0,
-                "target": "acme/m",
-                "attempts": 2,
-                "first_chunk_ms": 250.0,
-                "finish_reasons": ["stop", "length"],
-                "prompt_tokens": 10,
-                "completion_tokens": 5,
-            }
-        ]
-
-    @pytest.mark.parametrize("outcome", list(Outcome))
-    async def test_every_outcome_of_a_stream_is_named(self, tracking: Tracking, lines: list[Json], outcome: Outcome) -> None:
-        got = await tracking(asked(), answers(reply()))
-        got.trailer.end(outcome, UpstreamError("no", code="why"))
-        (line,) = lines
-        assert (line["outcome"], line["code"], line["target"]) == (outcome.value, "why", "acme/m")
-
-    @pytest.mark.parametrize(
-        "error",
-        [
-            UpstreamError("no", status=429, code="slow_down"),
-            Refused("no"),
-            UpstreamTimeout("first_chunk", 3),
-            UpstreamTimeout("connect", 3),
-            GatewayError("no"),
-        ],
-    )
-    async def test_an_error_before_the_first_chunk_is_a_line_and_goes_on(
-        self, tracking: Tracking, lines: list[Json], error: GatewayError
-    ) -> None:
-        with pytest.raises(GatewayError) as caught:
-            await tracking(asked(), answers(error))
-        assert caught.value is error
-        (line,) = lines
-        assert (line["outcome"], line["status"], line["code"]) == (error.outcome.value, error.status, error.code)
-
-    async def test_a_client_that_leaves_before_the_first_chunk_is_a_line(self, tracking: Tracking, lines: list[Json]) -> None:
-        entered = asyncio.Event()
-
-        async def next(call: Call) -> Reply:
-            entered.set()
-            await asyncio.Event().wait()
-            raise AssertionError
-
-        task = asyncio.create_task(tracking(asked(), next))
-        await entered.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert [line["outcome"] for line in lines] == ["client_gone"]
-
-    async def test_a_fault_of_the_gateways_own_is_a_line(self, tracking: Tracking, lines: list[Json]) -> None:
-        """Section 3.9: each stream ends in exactly one outcome, which the log line names."""
-        with pytest.raises(ZeroDivisionError):
-            await tracking(asked(), answers(ZeroDivisionError()))
-        assert [line["outcome"] for line in lines] == ["gateway_error"]
-
-    async def test_a_reply_that_has_already_ended_is_a_line(self, tracking: Tracking, lines: list[Json]) -> None:
-        given = reply()
-        given.trailer.end(Outcome.COMPLETED)
-        await tracking(asked(), answers(given))
-        assert [line["outcome"] for line in lines] == ["completed"]
-
-    async def test_prompts_replies_and_keys_are_in_no_line(self, tracking: Tracking, lines: list[Json]) -> None:
-        got = await tracking(asked(), answers(reply()))
-        got.trailer.end(Outcome.UPSTREAM_ERROR, UpstreamError(f"echo: {SECRET} {KEY}"))
-        with pytest.raises(UpstreamError):
-            await tracking(asked(), answers(UpstreamError(f"echo: {SECRET} {KEY}")))
-        assert len(lines) == 2
-        assert SECRET not in json.dumps(lines)
-        assert KEY not in json.dumps(lines)
-
-    async def test_what_is_not_known_is_left_out(self, tracking: Tracking, lines: list[Json]) -> None:
-        got = await tracking(make_call(), answers(reply()))
-        got.trailer.end(Outcome.COMPLETED)
-        assert not {"name", "prompt_tokens", "completion_tokens", "code"} & set(lines[0])
 
 
 async def forever(call: Call) -> Reply:

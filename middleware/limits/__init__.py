@@ -1,0 +1,148 @@
+"""How much one key, one identity, one tracking name may ask: requests and tokens per minute, replies at a time, size of input.
+
+Strategy: what a request may at most cost is reserved before it goes in (`meters`), and settled to what it did cost when its reply
+has ended. A slot is a count in this process, freed by the reply's end, by any exception, and at the latest by its `Lease` dying.
+Cost: around the head, and one callback at the end; nothing per chunk.
+The one rule: whatever was taken is written on the call's lease before the next `await`, so that no ending can lose it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from middleware.limits.bounds import Bounds, estimated_input, wanted_output
+from middleware.limits.lease import Lease, Limited, Share
+from middleware.limits.meters import Meters
+from middleware.limits.subjects import Subjects
+from proxy.call import Call
+from proxy.own_fields import OwnFields
+from proxy.pipeline import Handler, Sample
+from proxy.reply import Reply, Trailer
+from proxy.units import Between, ByteSize
+
+Figure = Literal["requests_per_minute", "tokens_per_minute", "concurrent"]
+Rates = Mapping[Figure, Annotated[int, Between(1, 10**9)]]
+Count = Annotated[int, Between(1, 10**6)]
+KINDS = ("key", "identity", "name")
+
+
+class Limits:
+    """Limits what may be asked, with a 429 that says when to come back.
+
+    per_key, per_identity, per_name: requests_per_minute, tokens_per_minute, concurrent, each optional; a key's own entry
+    (`limits` in auth) goes before per_key. Identities and names count within their key. max_tracked: how many identities, and how
+    many names, are told apart; further ones of a key share one allowance. max_messages, max_tools, max_choices, max_input_bytes
+    (of the messages as JSON): what one request may bring, 400 beyond. Nesting is bounded by server.max_depth.
+    """
+
+    def __init__(
+        self,
+        *,
+        per_key: Rates | None = None,
+        per_identity: Rates | None = None,
+        per_name: Rates | None = None,
+        max_tracked: Count = 10_000,
+        max_messages: Count = 10_000,
+        max_tools: Count = 1024,
+        max_choices: Annotated[int, Between(1, 128)] = 128,
+        max_input_bytes: Annotated[ByteSize, Between(1, 2**30)] | None = None,
+        _meters: Meters | None = None,
+    ) -> None:
+        written = {"key": per_key, "identity": per_identity, "name": per_name}
+        self._rates: dict[str, dict[str, int]] = {
+            kind: {str(figure): most for figure, most in (rates or {}).items()} for kind, rates in written.items()
+        }
+        self._bounds = Bounds(max_messages, max_tools, max_choices, max_input_bytes)
+        self._subjects = {kind: Subjects(max_tracked) for kind in KINDS}
+        # Two meters per subject; beside the tracked ones each key has its own and one shared by the rest.
+        self._meters = _meters or Meters(8 * max_tracked)
+        self._limited: Counter[str] = Counter()
+        self._settling: set[asyncio.Task[None]] = set()
+
+    def admit(self, call: Call, own: OwnFields) -> Call:
+        """Refuses what is too large, with its path."""
+        self._bounds.check(call.request)
+        return call
+
+    async def __call__(self, call: Call, next: Handler) -> Reply:
+        shares = list(self._shares(call))
+        if not shares:
+            return await next(call)
+        lease = Lease()
+        try:
+            headers = await self._take(call, shares, lease)
+        except BaseException as error:
+            lease.free()
+            if isinstance(error, Limited):
+                self._limited[error.which] += 1
+            raise
+        try:
+            reply = await next(call)
+        except BaseException:
+            # Nothing was generated for this client, so no tokens were used; the request itself counts.
+            self._ended(lease, 0)
+            raise
+        reply.trailer.on_end(lambda trailer: self._ended(lease, _used(lease, reply, trailer)))
+        return replace(reply, head=replace(reply.head, headers={**reply.head.headers, **headers}))
+
+    def _shares(self, call: Call) -> Iterator[Share]:
+        """Whose limits hold for a call, and what they are."""
+        owner = call.principal.name
+        own = call.principal.facts.get("limits") or {}
+        if rates := {**self._rates["key"], **{name: value for name, value in own.items() if value is not None}}:
+            yield Share("key", owner, rates)
+        for kind, label in (("identity", call.identity), ("name", call.name)):
+            if label is not None and self._rates[kind]:
+                yield Share(kind, self._subjects[kind].subject(owner, label), self._rates[kind])
+
+    async def _take(self, call: Call, shares: list[Share], lease: Lease) -> dict[str, str]:
+        """Take everything that the call needs, or raise Limited having taken nothing. Returns the response headers."""
+        headers: dict[str, str] = {}
+        for share in shares:
+            if (most := share.rates.get("concurrent")) is not None:
+                lease.slot(share, self._subjects[share.kind], most, headers)
+        if any("tokens_per_minute" in share.rates for share in shares):
+            lease.input = estimated_input(call.request)
+            lease.estimate = max(1, lease.input + wanted_output(call.request))
+        await lease.meter(shares, self._meters, headers)
+        return headers
+
+    def _ended(self, lease: Lease, used: int) -> None:
+        lease.free()
+        if lease.reserved:
+            self._later(lease.settle(self._meters, used))
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        """A reply's end cannot wait, and a meter may be on another machine."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._settling, return_exceptions=True)
+
+    def samples(self) -> Iterable[Sample]:
+        """Refusals by limit (`key_requests`…), and what is open by whose limit counts it; both have few labels."""
+        for which, count in sorted(self._limited.items()):
+            yield Sample("penstock_limited_total", "counter", "Requests refused by a limit.", count, {"limit": which})
+        for kind, subjects in self._subjects.items():
+            text = "Replies that hold a concurrency slot."
+            yield Sample("penstock_concurrent", "gauge", text, subjects.open, {"per": kind})
+
+
+def _used(lease: Lease, reply: Reply, trailer: Trailer) -> int:
+    """Tokens that a reply did cost: what the provider says, else about what went in and out (a chunk is about a token)."""
+    if reply.head.cache == "hit":
+        return 0
+    total = (trailer.usage or {}).get("total_tokens")
+    if isinstance(total, int | float) and math.isfinite(total) and total >= 0:
+        return int(total)
+    return lease.input + trailer.chunks
+
+
+__all__ = ["Limited", "Limits"]

@@ -1,0 +1,177 @@
+"""Figures for Prometheus at /metrics: what was asked, how it ended, how fast it came, what it used and cost.
+
+Cost: around the head, and one callback at the end; nothing per chunk (the relay keeps a stream's gaps in its trailer).
+It belongs outermost: what a middleware outside of it refuses, it never sees; what the edge refuses is told through `refused`.
+The one rule: each request counts exactly once in penstock_requests_total, however it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any
+
+from middleware.metrics.families import Families
+from middleware.metrics.labels import OTHER, Labels
+from middleware.metrics.prices import Price, Prices, count, counted
+from middleware.metrics.samples import gather, page
+from proxy.call import Call, Provider
+from proxy.errors import GatewayError, Outcome, why_cancelled
+from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query, Surroundings
+from proxy.reply import Head, Reply, Trailer
+from proxy.units import Between
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Nobody outside was asked, so neither a provider's time nor its tokens.
+NOT_ASKED = frozenset({Outcome.REFUSED, Outcome.LIMITED, Outcome.BLOCKED})
+REPLAYED = frozenset({"hit", "joined"})
+# OpenTelemetry's words for what was asked.
+OPERATIONS = {"chat": "chat", "completions": "text_completion", "embeddings": "embeddings"}
+# What a client that had already left would have been told; 499 is nginx's.
+STATUSES = {Outcome.COMPLETED: 200, Outcome.CLIENT_GONE: 499, Outcome.DRAINING: 503, Outcome.TIMEOUT_TOTAL: 504}
+# A timer of the event loop may fire this much before its time.
+EARLY_SECONDS = 0.002
+
+
+class Metrics:
+    """Counts, and serves `/metrics`.
+
+    prices: US dollars per million tokens by `provider/model`; they come before the built-in table. max_names: tracking names with
+    a label of their own, per key; max_models: models; max_sets: combinations of route, target, key and name. Beyond, `other`.
+    """
+
+    def __init__(
+        self,
+        *,
+        prices: Mapping[str, Price] | None = None,
+        max_names: Annotated[int, Between(0, 10_000)] = 50,
+        max_models: Annotated[int, Between(1, 10_000)] = 200,
+        max_sets: Annotated[int, Between(1, 100_000)] = 2000,
+        _clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.families = Families()
+        self._prices = Prices(prices or {})
+        self._labels = Labels(max_names, max_models, max_sets)
+        self._clock = _clock
+        self._layers: Sequence[Middleware] = ()
+        self._gauges: Mapping[str, Callable[[], float]] = {}
+        self.endpoints = (Endpoint("GET", "/metrics", self._scrape, admin=True),)
+
+    def attach(self, surroundings: Surroundings) -> None:
+        self._layers = surroundings.layers
+        self._gauges = surroundings.gauges
+
+    async def _scrape(self, query: Query) -> Answer:
+        return Answer(await page(self.families.registry, gather(self._layers, self._gauges)), content_type=CONTENT_TYPE)
+
+    def refused(self, error: GatewayError) -> None:
+        """A request that the edge turned away before there was a call; who asked is not known."""
+        self.families.requests(OTHER, OTHER, "", "", str(error.status), error.outcome.value).inc()
+
+    async def __call__(self, call: Call, next: Handler) -> Reply:
+        started = self._clock()
+        try:
+            reply = await next(call)
+        except GatewayError as error:
+            self._failed(call, started, error.outcome, error.status, error)
+            raise
+        except asyncio.CancelledError as error:
+            outcome = _why(call, error)
+            self._failed(call, started, outcome, STATUSES.get(outcome, 499))
+            raise
+        except Exception:
+            self._failed(call, started, Outcome.GATEWAY_ERROR, 500)
+            raise
+        if streamed(call):
+            self.families.open_streams.inc()
+        reply.trailer.on_end(partial(self._ended, call, reply.head, started, self._clock() - started))
+        return reply
+
+    def _failed(self, call: Call, started: float, outcome: Outcome, status: int, error: GatewayError | None = None) -> None:
+        """Before the head."""
+        tried = error.tries[-1].target if error is not None and error.tries else None
+        target = tried or (str(call.target or call.targets[0]) if call.target or call.targets else OTHER)
+        self._count(call, target, outcome, status, "", self._clock() - started, answered=False, asked=outcome not in NOT_ASKED)
+
+    def _count(
+        self, call: Call, target: str, outcome: Outcome, status: int, cache: str, seconds: float, *, answered: bool, asked: bool
+    ) -> tuple[str, str, tuple[str, str, str, str], tuple[str, str, str]]:
+        """The request and its duration. Returns (route, target, labels of the counters, labels of the operation)."""
+        families, labels = self.families, self._labels
+        route, label = labels.route(call), labels.target(call, target, answered=answered)
+        who = labels.asked(call, route, label)
+        provider, _, model = label.partition("/")
+        operation = (OPERATIONS[call.kind], provider, model or OTHER)
+        families.requests(*who, str(status), outcome.value).inc()
+        families.request(route, cache).observe(seconds)
+        if asked:
+            error_type = "" if outcome is Outcome.COMPLETED else outcome.value
+            families.duration(*operation, error_type).observe(seconds)
+        return route, label, who, operation
+
+    def _ended(self, call: Call, head: Head, started: float, first: float, trailer: Trailer) -> None:
+        families, stream = self.families, streamed(call)
+        if stream:
+            families.open_streams.dec()
+        outcome = trailer.outcome or Outcome.GATEWAY_ERROR
+        asked = head.cache not in REPLAYED
+        status = 200 if stream else trailer.error.status if trailer.error else STATUSES.get(outcome, 500)
+        route, target, who, operation = self._count(
+            call, head.target, outcome, status, head.cache or "", self._clock() - started, answered=True, asked=asked
+        )
+        if stream:
+            families.gap(*who[:2]).observe(trailer.longest_gap)
+            if trailer.stalls:
+                families.stalls(*who[:2]).inc(trailer.stalls)
+        if not head.tries:
+            families.overhead(route).observe(max(0.0, first - head.upstream_seconds))
+        if asked:
+            if stream:
+                families.first_chunk(*operation).observe(first)
+            self._used(head.target, target, who, operation, trailer.usage, _provider(call, head.target))
+
+    def _used(
+        self,
+        target: str,
+        label: str,
+        who: tuple[str, str, str, str],
+        operation: tuple[str, str, str],
+        usage: dict[str, Any] | None,
+        provider: Provider | None,
+    ) -> None:
+        """Tokens and cost of what a provider was really asked."""
+        families = self.families
+        if usage is None:
+            families.unpriced(label, "no_usage").inc()
+            return
+        prompt, completion, cached, _ = tokens = counted(usage)
+        reasoning = count(usage.get("completion_tokens_details"), "reasoning_tokens")
+        for kind, number in (("input", prompt), ("output", completion), ("cached", cached), ("reasoning", reasoning)):
+            if number:
+                families.tokens(*who, kind).inc(number)
+        families.usage(*operation, "input").observe(prompt)
+        families.usage(*operation, "output").observe(completion)
+        cost = self._prices.cost(target, tokens, provider)
+        if cost is None:
+            families.unpriced(label, "no_price").inc()
+        else:
+            families.cost(*who).inc(max(0.0, cost))
+
+
+def streamed(call: Call) -> bool:
+    """Does the client get a stream? Embeddings have none."""
+    return call.stream and call.kind != "embeddings"
+
+
+def _provider(call: Call, target: str) -> Provider | None:
+    """The row of the provider that answered, where the call knows it."""
+    return next((one.provider for one in call.targets if target.startswith(f"{one.provider.name}/")), None)
+
+
+def _why(call: Call, error: BaseException) -> Outcome:
+    """Whose doing a cancellation is: the edge's deadline cancels without a word, as a client that leaves does."""
+    late = call.deadline is not None and asyncio.get_running_loop().time() >= call.deadline - EARLY_SECONDS
+    found = why_cancelled(error)
+    return Outcome.TIMEOUT_TOTAL if late and found is Outcome.CLIENT_GONE else found
