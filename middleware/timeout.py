@@ -10,10 +10,10 @@ The one rule: no `yield` under a running timeout; the limits on the head are awa
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
-from proxy.call import Call, Limits
+from proxy.call import Call, Limits, altered
 from proxy.errors import UpstreamTimeout
 from proxy.own_fields import Field, OwnFields
 from proxy.pipeline import Handler
@@ -80,7 +80,7 @@ class Timeout:
         found = own.get("timeout")
         limits, attempt = (self._limits, self._attempt) if found is None else self._asked(found.object())
         deadline = None if limits.total is None else asyncio.get_running_loop().time() + limits.total
-        return replace(call, limits=limits, deadline=deadline, extensions={**call.extensions, AttemptLimits: attempt})
+        return altered(call, limits=limits, deadline=deadline, extensions={**call.extensions, AttemptLimits: attempt})
 
     def _asked(self, field: Field) -> tuple[Limits, AttemptLimits]:
         default, attempt = self._limits, self._attempt
@@ -100,7 +100,7 @@ class Timeout:
         limits = call.extension(AttemptLimits)
         if limits is None:
             # Called without the edge, which would have let `admit` settle them.
-            limits, call = self._attempt, replace(call, limits=self._limits)
+            limits, call = self._attempt, altered(call, limits=self._limits)
         which, seconds = limits.tighter(call.stream)
         wait = seconds
         if call.deadline is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,23 @@ class Defaults:
     usage_on_finish: bool = False
     strict_params: bool = False
     max_depth: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """What the middleware reads of requests. fields: never sent upstream. admits: each may add to the call, or refuse it."""
+
+    fields: frozenset[str] = GATEWAY_FIELDS
+    admits: tuple[Callable[[Call, OwnFields], Call], ...] = ()
+
+    @classmethod
+    def of(cls, layers: Sequence[object]) -> Readers:
+        """Those of the layers that have `FIELDS` or `admit`, in their order."""
+        fields = GATEWAY_FIELDS.union(*(getattr(layer, "FIELDS", ()) for layer in layers))
+        return cls(fields, tuple(layer.admit for layer in layers if hasattr(layer, "admit")))
+
+
+NO_READERS = Readers()
 
 
 def parse_json(body: bytes, max_depth: int) -> Json:
@@ -78,11 +95,9 @@ def admit(
     defaults: Defaults,
     request_id: str,
     principal: Principal = ANYBODY,
-    layers: Sequence[Any] = (),
+    readers: Readers = NO_READERS,
 ) -> Call:
-    """The call. headers: the client's, whatever the case of their names. layers: the middleware, outermost first; those that read
-    request fields of their own (`FIELDS`, `admit`) do so here. Raises Refused (400, 403, 404).
-    """
+    """The call. headers: the client's, whatever the case of their names. Raises Refused (400, 403, 404)."""
     model = body.get("model")
     if model is None and isinstance(several := body.get("models"), list) and several:
         model = several[0]  # OpenRouter's clients may name several models and none
@@ -92,13 +107,12 @@ def admit(
         Field(body["n"], "n").integer(1, 128)
     own = OwnFields(body, headers)
     route = directory.route(model)
-    fields = GATEWAY_FIELDS.union(*(getattr(layer, "FIELDS", ()) for layer in layers))
     call = Call(
         id=request_id,
         nonce=_unique(),
         created=int(time.time()),
         kind=kind,
-        request={field: value for field, value in body.items() if field not in fields},
+        request={field: value for field, value in body.items() if field not in readers.fields},
         model=model,
         stream=body.get("stream") is not None and Field(body["stream"], "stream").flag(),
         options=_options(body, own, defaults),
@@ -109,9 +123,8 @@ def admit(
         targets=route.targets,
         headers=headers,
     )
-    for layer in layers:
-        if (read := getattr(layer, "admit", None)) is not None:
-            call = read(call, own)
+    for read in readers.admits:
+        call = read(call, own)
     return call
 
 

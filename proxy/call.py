@@ -121,7 +121,7 @@ class Options:
     strict_params: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """One request of a client.
 
@@ -157,3 +157,12 @@ class Call:
         """What the middleware that owns `key` left for itself, or None."""
         found = self.extensions.get(key)
         return found if isinstance(found, key) else None
+
+
+def altered(instance: T, **changes: Any) -> T:
+    """`dataclasses.replace` for the frozen classes that are altered several times per request (Call, Reply, Head), which have no
+    slots for its sake: 0.6 us instead of 3.3 for a call. Unlike `replace` it does not look whether a field exists.
+    """
+    twin: T = object.__new__(type(instance))
+    twin.__dict__.update(instance.__dict__, **changes)
+    return twin

@@ -16,7 +16,7 @@ import logging
 import sys
 import time
 from datetime import UTC, datetime
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 import structlog
@@ -55,17 +55,41 @@ class Lines:
             self._lines.clear()
 
 
+class _Straight(structlog.BoundLoggerBase):
+    """structlog's logger with the short way for `info`, which is logged once per request: the same line, without the processors
+    (5 us instead of 11)."""
+
+    def info(self, event: str, **facts: Any) -> None:
+        self._logger.info(_render(self._logger, "info", _stamp(self._logger, "info", {**facts, "event": event})))
+
+    def debug(self, event: str, **facts: Any) -> None:
+        """Not written."""
+
+    def warning(self, event: str, **facts: Any) -> None:
+        self._proxy_to_logger("warning", event, **facts)
+
+    def error(self, event: str, **facts: Any) -> None:
+        self._proxy_to_logger("error", event, **facts)
+
+    def exception(self, event: str, **facts: Any) -> None:
+        self._proxy_to_logger("error", event, **{"exc_info": True, **facts})
+
+
 def configure() -> None:
     """Set up structlog, and the standard library's loggers (aiohttp, asyncio) beside it, both to stderr."""
     if sys.stderr.isatty():
         human: list[Processor] = [structlog.processors.add_log_level, structlog.processors.TimeStamper("%H:%M:%S", utc=False)]
-        structlog.configure([*human, structlog.dev.ConsoleRenderer()], logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+        structlog.configure(
+            [*human, structlog.dev.ConsoleRenderer()],
+            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+            wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        )
     else:
         lines = Lines(sys.stderr.buffer)
         machine: list[Processor] = [_stamp, structlog.processors.format_exc_info, _render]
-        structlog.configure(machine, logger_factory=lambda *_: lines)
+        structlog.configure(machine, logger_factory=lambda *_: lines, wrapper_class=_Straight)
     # Without the cache every line would bind a new logger, which costs more than writing it.
-    structlog.configure(cache_logger_on_first_use=True, wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
+    structlog.configure(cache_logger_on_first_use=True)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 

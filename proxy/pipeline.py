@@ -22,15 +22,15 @@ Handler = Callable[[Call], Awaitable[Reply]]
 
 
 class Middleware(Protocol):
-    """A policy around calls. Its constructor's keywords and their annotations are its part of config.yaml's schema; it has no side
-    effects, because `penstock check` constructs, too.
+    """A policy around calls. Its constructor's keywords and their annotations are its part of config.yaml's schema; constructing
+    it has no side effects, because `penstock check` does so, too.
 
     Beside `__call__` it may have any of these (found by name, none is needed):
 
         FIELDS: tuple[str, ...]                        request fields that are its own; they are never sent upstream
         admit(call, own) -> Call                       read them (sync, before any upstream is called); raises Refused
         authenticate(headers) -> Principal             who is calling, before the body is read; raises Refused 401
-        allows(principal, model) -> bool               may it use this model; what it may not is left out of listings
+        allows(principal, model) -> bool               may it use this model; if not, it is left out of listings
         endpoints: Sequence[Endpoint]                  paths that it serves
         refused(error) -> None                         told of a request that the edge turned away before there was a call
         samples() -> Iterable[Sample]                  its figures, asked for when somebody scrapes

@@ -78,7 +78,7 @@ class Try:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Head:
     """What is known before the first chunk goes out.
 
@@ -150,7 +150,7 @@ class Trailer:
         self._callbacks.clear()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Reply:
     """An answer on its way. whole: the single batch holds one `chat.completion` (or embeddings) rather than chunks."""
 

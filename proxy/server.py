@@ -21,7 +21,7 @@ import structlog
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from proxy.admission import ANYBODY, Defaults, admit, parse_json, request_id
+from proxy.admission import ANYBODY, Defaults, Readers, admit, parse_json, request_id
 from proxy.call import Call, Principal
 from proxy.errors import Draining, GatewayError, Outcome, Refused, UpstreamTimeout, why_cancelled
 from proxy.faces import FACES, Face
@@ -74,6 +74,7 @@ class Edge:
         self._authenticate = next((found for layer in layers if (found := getattr(layer, "authenticate", None))), None)
         self._allows = next((found for layer in layers if (found := getattr(layer, "allows", None))), None)
         self._endpoints = {point.path: point for layer in layers for point in getattr(layer, "endpoints", ())}
+        self._readers = Readers.of(layers)
         self._refused = [layer.refused for layer in layers if hasattr(layer, "refused")]
         self._active: dict[asyncio.Task[Any], Relay | None] = {}
         self._idle = asyncio.Event()
@@ -218,7 +219,7 @@ class Edge:
             started = time.perf_counter()
             body = parse_json(await self._unless_ended(self._body(request, headers)), self._settings.defaults.max_depth)
             face.check(body)
-            call = admit(body, face.KIND, headers, self._directory, self._settings.defaults, identity, principal, self._layers)
+            call = admit(body, face.KIND, headers, self._directory, self._settings.defaults, identity, principal, self._readers)
             try:
                 reply = await self._unless_ended(self._in_time(call))
                 relay = self._active[task] = Relay(request, call, reply, face, self._settings.write_timeout)

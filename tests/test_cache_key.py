@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from middleware.cache import Cache
 from middleware.cache.asked import Asked
 from middleware.cache.key import cache_key
-from proxy.admission import GATEWAY_FIELDS, Defaults, admit
+from proxy.admission import GATEWAY_FIELDS, Defaults, Readers, admit
 from proxy.call import Call, Options, Principal
 from proxy.routing import Directory
 from tests.support.decoding import make_call, make_target
@@ -154,7 +154,7 @@ def admitted(fields: Json) -> str:
     """The key that the cache itself would use for this request."""
     layer = Cache(mode="opt_out")
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **fields}
-    call: Call = admit(body, "chat", {}, DIRECTORY, Defaults(), "req_1", Principal(), [layer])
+    call: Call = admit(body, "chat", {}, DIRECTORY, Defaults(), "req_1", Principal(), Readers.of([layer]))
     asked = call.extension(Asked)
     assert asked is not None
     return cache_key(call, asked.routing, "")

@@ -50,9 +50,24 @@ async def test_the_curl() -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     async with Gateway(parse(CONFIG, {}, TABLE)) as gateway:
-        out = await output("bash", "-c", on(gateway, block("sh", "curl -N")))
+        out = await output("bash", "-c", on(gateway, block("sh", "Hello, Penstock")))
     assert out.endswith("data: [DONE]\n\n")
     assert "Penstock" in out
+
+
+async def test_the_curl_that_drives_the_middleware() -> None:
+    """Its provider stalls, and the fallback answers, with the shipped middleware."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    shipped = "middleware:" + (ROOT / "config.yaml").read_text().split("\nmiddleware:", 1)[1]
+    retries = re.sub("- retry: {count: 2", "- retry: {count: 0", shipped)  # its waits are real
+    async with Gateway(parse(CONFIG + retries, {}, TABLE)) as gateway:
+        out = await output("bash", "-c", on(gateway, block("sh", "demo/stall")))
+    assert out.endswith("data: [DONE]\n\n")
+
+
+def test_every_middleware_is_in_its_table() -> None:
+    assert set(re.findall(r"^\| `(\w+)` \| [^|]+ \|$", README, re.MULTILINE)) == set(TABLE)
 
 
 async def test_the_python_program() -> None:
@@ -77,7 +92,7 @@ async def test_the_middleware_in_ten_lines(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.syspath_prepend(tmp_path)
     setting = f"middleware: [my_company.audit:Audit: {{file: {tmp_path / 'audit.log'}}}]"
     async with Gateway(parse(CONFIG + setting, {}, TABLE)) as gateway:
-        await output("bash", "-c", on(gateway, block("sh", "curl -N")))
+        await output("bash", "-c", on(gateway, block("sh", "Hello, Penstock")))
     assert "completed" in (tmp_path / "audit.log").read_text()
 
 
@@ -88,7 +103,7 @@ def test_the_vendor_row_is_a_provider() -> None:
 
 def test_every_provider_of_the_shipped_config_is_in_the_table() -> None:
     config = load(ROOT / "config.yaml", {}, TABLE)
-    rows = {match[1]: match[2] for match in re.finditer(r"^\| `(\w+)` \| ([^|]+) \|", README, re.MULTILINE)}
+    rows = {match[1]: match[2] for match in re.finditer(r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \|$", README, re.MULTILINE)}
     assert set(rows) - {"api"} == set(WIRES)
     for provider in config.providers.values():
         assert re.search(rf"\b{provider.name}\b", rows[provider.api]), provider.name

@@ -23,7 +23,7 @@ from middleware.cache.entry import Recorder
 from middleware.cache.key import cache_key
 from middleware.cache.replay import Later, Pauses, call_later, plan, replay
 from middleware.cache.store import Found, MemoryStore, Store
-from proxy.call import Call
+from proxy.call import Call, altered
 from proxy.errors import Refused
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Answer, Endpoint, Handler, Query, Sample
@@ -92,7 +92,7 @@ class Cache:
         if asked is None:
             self._counts["bypass"] += 1
             reply = await next(call)
-            return replace(reply, head=replace(reply.head, cache="bypass"))
+            return altered(reply, head=altered(reply.head, cache="bypass"))
         # What a caller's own provider key paid for is that caller's alone, also in a shared cache.
         shared = self._shared and not any(target.provider.callers_key for target in call.targets)
         key = cache_key(call, asked.routing, None if shared else call.principal.scope)

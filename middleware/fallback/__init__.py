@@ -12,7 +12,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Annotated, Any
 
 from middleware.fallback.attempts import Attempts, Shared
@@ -23,7 +22,7 @@ from middleware.fallback.keys import Keys
 from middleware.fallback.options import Plan, read_plan
 from middleware.fallback.targets import Targets
 from middleware.fallback.verdict import Cause, CircuitOpen
-from proxy.call import Call, Route, Target
+from proxy.call import Call, Route, Target, altered
 from proxy.errors import GatewayError
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Handler, Sample, Surroundings
@@ -81,7 +80,7 @@ class Fallback:
             return call
         for route in plan.routes:
             self._configured(route)
-        return replace(call, targets=plan.targets, extensions={**call.extensions, Plan: plan})
+        return altered(call, targets=plan.targets, extensions={**call.extensions, Plan: plan})
 
     async def __call__(self, call: Call, next: Handler) -> Reply:
         plan = call.extension(Plan)

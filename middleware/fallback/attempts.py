@@ -16,7 +16,7 @@ from middleware.fallback.breaker import Permit
 from middleware.fallback.keys import REFUSED_REST, REST, Keys
 from middleware.fallback.targets import Known, Speed, Targets
 from middleware.fallback.verdict import Cause, CircuitOpen, ended, moves_on, reason, rests, retry_after, speaks_against
-from proxy.call import Call, Target
+from proxy.call import Call, Target, altered
 from proxy.errors import GatewayError, Outcome, Unconfigured, UpstreamTimeout
 from proxy.pipeline import Handler
 from proxy.reply import Reply, Trailer, Try
@@ -150,7 +150,7 @@ class Attempts:
         started = shared.clock()
         outcome = "failed"
         try:
-            reply = await self._next(replace(self._call, target=target))
+            reply = await self._next(altered(self._call, target=target))
             outcome = "answered"
         except GatewayError as error:
             seconds = shared.clock() - started
