@@ -25,7 +25,8 @@ from proxy.demo import DemoTransport
 from proxy.exchange import SETTLE_SECONDS, Exchange
 from proxy.pipeline import Middleware, Surroundings, compose
 from proxy.routing import Directory
-from proxy.server import Edge, ServerSettings, listen
+from proxy.server import Edge, ServerSettings
+from proxy.sockets import listen
 from proxy.transport import Transport
 from proxy.upstream import HttpTransport
 from proxy.wire import WIRES

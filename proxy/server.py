@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
-import socket
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,16 +17,17 @@ from typing import Any, TypeVar
 import orjson
 import structlog
 from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
 
 from proxy.admission import ANYBODY, Defaults, Readers, admit, parse_json, request_id
 from proxy.call import Call, Principal
 from proxy.errors import Draining, GatewayError, Outcome, Refused, UpstreamTimeout, why_cancelled
 from proxy.faces import FACES, Face
+from proxy.http import allow, check_json, error_response, head_headers, json_response, read_body
 from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query
 from proxy.relay import Relay
-from proxy.reply import Head, Reply
+from proxy.reply import Reply
 from proxy.routing import Directory
+from proxy.sockets import server
 
 log = structlog.get_logger("penstock")
 
@@ -38,9 +37,7 @@ BASES = ("", "/v1", "/v2", "/api/v1", "/v2/proxy", "/v2/router", "/v3/router")
 ENDPOINTS: Mapping[str, Face] = {base + path: face for base in BASES for path, face in FACES.items()}
 MODELS = tuple(base + "/models" for base in BASES)
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
-KEEP_ALIVE_SECONDS = 75.0
 OPERATOR = Principal("operator", admin=True)
-HEADER_LIMIT = 2**15
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +86,7 @@ class Edge:
 
     def server(self, *, admin: bool = False) -> web.Server:
         """aiohttp's low-level server for this edge. admin: the second address, for scrapers and operators, without auth."""
-        return _Server(
-            self.handle_admin if admin else self.handle,
-            handler_cancellation=True,
-            access_log=None,
-            keepalive_timeout=KEEP_ALIVE_SECONDS,
-            max_line_size=HEADER_LIMIT,
-            max_field_size=HEADER_LIMIT,
-            auto_decompress=True,
-        )
+        return server(self.handle_admin if admin else self.handle)
 
     @property
     def open_calls(self) -> int:
@@ -121,28 +110,28 @@ class Edge:
             )
             for refused in self._refused:
                 refused(error)
-            return _error_response(error, identity)
+            return error_response(error, identity)
         except (web.RequestPayloadError, ConnectionError):
             raise
         except Exception:
             log.exception("request failed", id=identity)
-            return _error_response(GatewayError("The gateway failed on this request."), identity)
+            return error_response(GatewayError("The gateway failed on this request."), identity)
 
     async def _dispatch(self, request: web.BaseRequest, headers: Mapping[str, str], identity: str) -> web.StreamResponse:
         path = request.path
         if path in ("/healthz", "/readyz") and "verbose" not in request.query:
-            _allow(request, "GET", "HEAD")
+            allow(request, "GET", "HEAD")
             return self._health(path)
         self._check_host(headers.get("host", ""), self._settings.loopback_only)
         principal = self._authenticate(headers) if self._authenticate is not None else ANYBODY
         if face := ENDPOINTS.get(path):
-            _allow(request, "POST")
+            allow(request, "POST")
             return await self._call(request, headers, identity, face, principal)
         if point := self._point(path):
             return await self._serve(point, request, headers, principal)
         for models in MODELS:
             if path == models or path.startswith(models + "/"):
-                _allow(request, "GET")
+                allow(request, "GET")
                 return self._models(path[len(models) + 1 :], principal)
         raise Refused(f"There is nothing at {request.method} {path[:200]}.", status=404, code="unknown_path")
 
@@ -151,13 +140,13 @@ class Edge:
         try:
             self._check_host(request.headers.get("host", ""), self._settings.admin_loopback_only)
             if request.path in ("/healthz", "/readyz") and "verbose" not in request.query:
-                _allow(request, "GET", "HEAD")
+                allow(request, "GET", "HEAD")
                 return self._health(request.path)
             if point := self._point(request.path):
                 return await self._serve(point, request, request.headers, OPERATOR)
             raise Refused(f"There is nothing at {request.path[:200]} on the admin address.", status=404, code="unknown_path")
         except GatewayError as error:
-            return _error_response(error, request_id(request.headers))
+            return error_response(error, request_id(request.headers))
 
     def _point(self, path: str) -> Endpoint | None:
         return Endpoint("GET", path, self._verbose, admin=True) if path == "/readyz" else self._endpoints.get(path)
@@ -166,18 +155,18 @@ class Edge:
         self, point: Endpoint, request: web.BaseRequest, headers: Mapping[str, str], principal: Principal
     ) -> web.StreamResponse:
         """An endpoint of a middleware. Where nobody authenticates, everybody on the loopback port may use it."""
-        _allow(request, point.method, *(("HEAD",) if point.method == "GET" else ()))
+        allow(request, point.method, *(("HEAD",) if point.method == "GET" else ()))
         if point.admin and self._authenticate is not None and not principal.admin:
             raise Refused("This needs a key with admin: true.", status=403, code="admin_only", type="permission_error")
-        body = await self._read_body(request, headers) if point.method != "GET" else b""
+        body = await self._body(request, headers) if point.method != "GET" else b""
         answer = await point.handler(Query(request.method, request.path, request.query, headers, body, principal))
         fields = {"Server": "penstock", "Content-Type": answer.content_type, **answer.headers}
         return web.Response(body=answer.body, status=answer.status, headers=fields)
 
     def _health(self, path: str) -> web.Response:
         if path == "/readyz" and not self._ready:
-            return _json({"status": "draining"}, 503)
-        return _json({"status": "ok"})
+            return json_response({"status": "draining"}, 503)
+        return json_response({"status": "ok"})
 
     async def _verbose(self, query: Query) -> Answer:
         """`/readyz?verbose`: what each middleware says of its state."""
@@ -198,12 +187,12 @@ class Edge:
         """The models, or one of them; what a key may not use does not exist for it."""
         allows = self._allows or (lambda principal, name: True)
         if not model:
-            return _json(
+            return json_response(
                 {"object": "list", "data": [entry for entry in self._directory.listing() if allows(principal, entry["id"])]}
             )
         if not allows(principal, model):
             raise Refused(f"The model '{model[:200]}' does not exist.", status=404, code="model_not_found", param="model")
-        return _json(self._directory.find(model))
+        return json_response(self._directory.find(model))
 
     async def _call(
         self, request: web.BaseRequest, headers: Mapping[str, str], identity: str, face: Face, principal: Principal
@@ -217,15 +206,17 @@ class Edge:
         self._idle.clear()
         try:
             started = time.perf_counter()
-            body = parse_json(await self._unless_ended(self._body(request, headers)), self._settings.defaults.max_depth)
+            check_json(headers)
+            raw = await self._unless_ended(self._body(request, headers))
+            body = parse_json(raw, self._settings.defaults.max_depth)
             face.check(body)
             call = admit(body, face.KIND, headers, self._directory, self._settings.defaults, identity, principal, self._readers)
             try:
                 reply = await self._unless_ended(self._in_time(call))
                 relay = self._active[task] = Relay(request, call, reply, face, self._settings.write_timeout)
-                return await relay.run(_head_headers(call, reply.head, time.perf_counter() - started))
+                return await relay.run(head_headers(call, reply.head, time.perf_counter() - started))
             except GatewayError as error:
-                return _error_response(error, identity)
+                return error_response(error, identity)
         finally:
             del self._active[task]
             if not self._active:
@@ -259,30 +250,8 @@ class Edge:
             task.uncancel()
             raise Draining("The gateway is shutting down.", headers={"Retry-After": "1"}) from None
 
-    async def _body(self, request: web.BaseRequest, headers: Mapping[str, str]) -> bytes:
-        """The request's body, bounded in size and time."""
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind and not (kind == "application/json" or kind.endswith("+json") or kind == "text/plain"):
-            message = f"The body must be JSON, with the header Content-Type: application/json, not {kind[:80]}."
-            raise Refused(message, status=415, code="unsupported_media_type")
-        return await self._read_body(request, headers)
-
-    async def _read_body(self, request: web.BaseRequest, headers: Mapping[str, str]) -> bytes:
-        limit = self._settings.max_body
-        if (request.content_length or 0) > limit:
-            raise _too_large(limit)
-        if headers.get("expect", "").lower() == "100-continue":
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.writer.output_size = 0
-        if request.content.is_eof():
-            # It came with the head: no clock is needed.
-            return await _read(request, limit)
-        try:
-            async with asyncio.timeout(self._settings.body_timeout):
-                return await _read(request, limit)
-        except TimeoutError:
-            message = f"The body did not arrive within {self._settings.body_timeout:g} s."
-            raise Refused(message, status=408, code="body_timeout", headers={"Connection": "close"}) from None
+    def _body(self, request: web.BaseRequest, headers: Mapping[str, str]) -> Awaitable[bytes]:
+        return read_body(request, headers, self._settings.max_body, self._settings.body_timeout)
 
     async def drained(self, seconds: float) -> bool:
         """Wait until no call is open, at most `seconds`."""
@@ -299,95 +268,3 @@ class Edge:
                 task.cancel(Outcome.DRAINING)
             else:
                 relay.interrupt(Draining("The gateway is shutting down."))
-
-
-class _Connection(RequestHandler):
-    """aiohttp's server protocol, with one thing changed: a client that closes while bytes to it are still queued is gone at once,
-    rather than when the queue has been flushed, which may be never."""
-
-    __slots__ = ()
-
-    def eof_received(self) -> None:
-        if self.transport is not None and self.transport.get_write_buffer_size():
-            self.transport.abort()
-
-
-class _Server(web.Server):
-    def __call__(self) -> RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Bound sockets for every address of `host`; raises OSError."""
-    found: list[socket.socket] = []
-    for family, kind, proto, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
-        sock = socket.socket(family, kind, proto)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-        found.append(sock)
-    return found
-
-
-def _allow(request: web.BaseRequest, *methods: str) -> None:
-    if request.method not in methods:
-        allowed = ", ".join(methods)
-        message = f"{request.method} is not possible here, only {allowed}."
-        raise Refused(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
-
-
-async def _read(request: web.BaseRequest, limit: int) -> bytes:
-    content = request.content
-    parts, size = [], 0
-    while data := await content.readany():
-        parts.append(data)
-        size += len(data)
-        if size > limit:
-            raise _too_large(limit)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _too_large(limit: int) -> Refused:
-    message = f"The body is larger than the {limit} bytes that server.max_body allows."
-    return Refused(message, status=413, code="body_too_large", headers={"Connection": "close"})
-
-
-def _head_headers(call: Call, head: Head, seconds: float) -> dict[str, str]:
-    """What the client learns from the head about how its call was served."""
-    upstream = head.upstream_seconds
-    found = {
-        **head.headers,
-        "Server": "penstock",
-        "X-Request-Id": call.id,
-        "X-Penstock-Target": head.target,
-        "X-Penstock-Attempts": str(1 + len(head.tries)),
-        "Server-Timing": f"upstream;dur={upstream * 1000:.1f}, gateway;dur={max(0.0, seconds - upstream) * 1000:.1f}",
-    }
-    if head.cache is not None:
-        found["X-Cache"] = head.cache
-        if head.age is not None:
-            found["Age"] = str(int(head.age))
-    if head.dropped:
-        # Field names are the client's own words: they must not end a header line, nor fill it.
-        names = [re.sub(r"[^\w.\[\]-]", "?", name, flags=re.ASCII)[:64] for name in head.dropped[:32]]
-        found["X-Penstock-Dropped"] = ", ".join(names)
-    return found
-
-
-def _error_response(error: GatewayError, identity: str) -> web.Response:
-    fields = {**error.headers, "X-Request-Id": identity}
-    if error.tries:
-        fields["X-Penstock-Attempts"] = str(len(error.tries))
-    if len(error.tries) > 1:
-        # The official SDKs would try again on their own; that has been done.
-        fields["x-should-retry"] = "false"
-    response = _json({"error": error.envelope()}, error.status, fields)
-    if error.headers.get("Connection") == "close":
-        response.force_close()
-    return response
-
-
-def _json(body: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    fields = {**(headers or {}), "Server": "penstock", "Content-Type": "application/json"}
-    return web.Response(body=orjson.dumps(body), status=status, headers=fields)

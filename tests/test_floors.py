@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("proxy.decoder",),
     ("proxy.wire.*", "proxy.faces.*", "middleware.*", "proxy.source", "proxy.admission", "proxy.logs"),
     (
-        "proxy.upstream", "proxy.exchange", "proxy.demo.*", "proxy.relay",
+        "proxy.upstream", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.http", "proxy.sockets",
         "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema", "proxy.wording",
     ),
     ("proxy.server",),
@@ -42,7 +42,7 @@ TOGETHER = (CONFIG, {"proxy.app", "proxy.__main__"})
 
 # Who may import which third-party package; the packages that are not named here are the standard library's.
 LIGHT = ("orjson",)
-AIOHTTP = {"proxy.upstream", "proxy.relay", "proxy.server", "proxy.app"}
+AIOHTTP = {"proxy.upstream", "proxy.relay", "proxy.http", "proxy.sockets", "proxy.server", "proxy.app"}
 THIRD_PARTY = {
     "aiohttp": AIOHTTP,
     "yarl": AIOHTTP,
