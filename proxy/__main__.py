@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for fault in error.faults:
             print(fault, file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # `penstock schema | head`: the reader has had enough. Without this, Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def serve(arguments: argparse.Namespace) -> int:

@@ -131,7 +131,7 @@ class Decoder(SseDecoder):
         if found := quirks.usage_of(chunk):
             self.stream.usage = quirks.usage(found)
         if choices is None:
-            if not self._harmless(chunk):
+            if "choices" not in chunk and not self._harmless(chunk):
                 raise Malformed("The provider sent an event without choices.")
             choices = []
         self.stream.identify(chunk.get("id"), chunk.get("created"))
