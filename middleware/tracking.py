@@ -18,7 +18,7 @@ import orjson
 import structlog
 
 from proxy.call import Call
-from proxy.errors import GatewayError, Outcome, why_cancelled
+from proxy.errors import STATUSES, GatewayError, Outcome, why_cancelled
 from proxy.own_fields import Field, OwnFields
 from proxy.pipeline import Handler
 from proxy.reply import Batch, Reply, Trailer, Try
@@ -31,10 +31,7 @@ MOST_METADATA = 16
 LONGEST_VALUE = 512
 LONGEST_ID = 128
 # What the client was told, or would have been, where no error says it; 499 is nginx's for a client that has left.
-STATUSES = {Outcome.COMPLETED: 200, Outcome.CLIENT_GONE: 499, Outcome.DRAINING: 503, Outcome.TIMEOUT_TOTAL: 504}
 NOT_ASKED = frozenset({Outcome.REFUSED, Outcome.LIMITED, Outcome.BLOCKED})
-# A timer of the event loop may fire this much before its time.
-EARLY_SECONDS = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ class Tracking:
             self._line(call, started, error.outcome, error.status, code=error.code, **_asked(call, error))
             raise
         except asyncio.CancelledError as error:
-            outcome = _why(call, error)
+            outcome = why_cancelled(error)
             self._line(call, started, outcome, STATUSES.get(outcome, 499))
             raise
         except Exception:
@@ -219,10 +216,3 @@ def _named(reply: Reply, name: str) -> Reply:
     """The reply with its name in a header; what a header cannot carry is percent-encoded."""
     safe = name if name.isascii() and name.isprintable() else quote(name, errors="replace")
     return replace(reply, head=replace(reply.head, headers={**reply.head.headers, "X-Penstock-Name": safe}))
-
-
-def _why(call: Call, error: BaseException) -> Outcome:
-    """Whose doing a cancellation is: the edge's deadline cancels without a word, as a client that leaves does."""
-    late = call.deadline is not None and asyncio.get_running_loop().time() >= call.deadline - EARLY_SECONDS
-    found = why_cancelled(error)
-    return Outcome.TIMEOUT_TOTAL if late and found is Outcome.CLIENT_GONE else found

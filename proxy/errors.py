@@ -37,6 +37,10 @@ class Outcome(StrEnum):
     GATEWAY_ERROR = "gateway_error"
 
 
+# The status that logs and metrics give an end that has no error of its own; 499 is nginx's word for a client that left.
+STATUSES = {Outcome.COMPLETED: 200, Outcome.CLIENT_GONE: 499, Outcome.DRAINING: 503, Outcome.TIMEOUT_TOTAL: 504}
+
+
 def why_cancelled(error: BaseException) -> Outcome:
     """Whoever cancels a call may say why, with an outcome as the cancellation's message; without one its client has left."""
     return next((found for found in error.args if isinstance(found, Outcome)), Outcome.CLIENT_GONE)

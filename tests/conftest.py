@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 Json = dict[str, Any]
 NODE = Path(__file__).parent / "node"
@@ -38,3 +40,13 @@ def node(pytestconfig: pytest.Config) -> Json:
         if done.returncode:
             pytest.skip(f"npm could not install the Node SDK (exit status {done.returncode})")
     return {"program": program, "env": {**os.environ, "NODE_PATH": str(folder / "node_modules"), "NO_PROXY": "*"}}
+
+
+@pytest.fixture
+def lines() -> Iterator[list[Json]]:
+    """The log lines, as their fields. A logger bound before is cached, so the capturing one is bound while this is on."""
+    before = structlog.get_config()
+    structlog.reset_defaults()
+    with structlog.testing.capture_logs() as found:
+        yield found  # type: ignore[misc]
+    structlog.configure(**before)

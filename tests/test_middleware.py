@@ -3,67 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-import structlog
 
 import middleware
 from middleware.timeout import Timeout
 from middleware.tracking import Tracking
 from proxy.call import Call
 from proxy.errors import Refused, UpstreamError, UpstreamTimeout
-from proxy.pipeline import Handler, compose
-from proxy.reply import Batch, Head, Reply, Trailer
+from proxy.pipeline import compose
+from proxy.reply import Reply
 from tests.support.decoding import make_call
-
-Json = dict[str, Any]
-KEY = "sk-client-0123456789"
-SECRET = "the prompt, which nobody else may read"
-
-
-async def no_chunks() -> AsyncIterator[Batch]:
-    return
-    yield
-
-
-def reply(**fields: Any) -> Reply:
-    return Reply(Head("acme/m", **fields), no_chunks(), Trailer())
-
-
-def answers(found: Reply | BaseException) -> Handler:
-    async def handler(call: Call) -> Reply:
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    return handler
-
-
-def asked(**fields: Any) -> Call:
-    request = {"messages": [{"role": "user", "content": SECRET}], "metadata": {"k": KEY}, "stream": True}
-    return make_call(request, headers={"authorization": f"Bearer {KEY}"}, name="bot", **fields)
-
-
-class Clock:
-    """Seconds that pass only when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def lines() -> Iterator[list[Json]]:
-    """The log lines, as their fields. A logger bound before is cached, so the capturing one is bound while this is on."""
-    before = structlog.get_config()
-    structlog.reset_defaults()
-    with structlog.testing.capture_logs() as found:
-        yield found  # type: ignore[misc]
-    structlog.configure(**before)
+from tests.support.handmade import Clock, Json, answers, asked, reply
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from middleware.metrics.labels import OTHER, Labels
 from middleware.metrics.prices import Price, Prices, count, counted
 from middleware.metrics.samples import gather, page
 from proxy.call import Call, Provider
-from proxy.errors import GatewayError, Outcome, why_cancelled
+from proxy.errors import STATUSES, GatewayError, Outcome, why_cancelled
 from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query, Surroundings
 from proxy.reply import Head, Reply, Trailer
 from proxy.units import Between
@@ -30,9 +30,6 @@ REPLAYED = frozenset({"hit", "joined"})
 # OpenTelemetry's words for what was asked.
 OPERATIONS = {"chat": "chat", "completions": "text_completion", "embeddings": "embeddings"}
 # What a client that had already left would have been told; 499 is nginx's.
-STATUSES = {Outcome.COMPLETED: 200, Outcome.CLIENT_GONE: 499, Outcome.DRAINING: 503, Outcome.TIMEOUT_TOTAL: 504}
-# A timer of the event loop may fire this much before its time.
-EARLY_SECONDS = 0.002
 
 
 class Metrics:
@@ -78,7 +75,7 @@ class Metrics:
             self._failed(call, started, error.outcome, error.status, error)
             raise
         except asyncio.CancelledError as error:
-            outcome = _why(call, error)
+            outcome = why_cancelled(error)
             self._failed(call, started, outcome, STATUSES.get(outcome, 499))
             raise
         except Exception:
@@ -168,10 +165,3 @@ def streamed(call: Call) -> bool:
 def _provider(call: Call, target: str) -> Provider | None:
     """The row of the provider that answered, where the call knows it."""
     return next((one.provider for one in call.targets if target.startswith(f"{one.provider.name}/")), None)
-
-
-def _why(call: Call, error: BaseException) -> Outcome:
-    """Whose doing a cancellation is: the edge's deadline cancels without a word, as a client that leaves does."""
-    late = call.deadline is not None and asyncio.get_running_loop().time() >= call.deadline - EARLY_SECONDS
-    found = why_cancelled(error)
-    return Outcome.TIMEOUT_TOTAL if late and found is Outcome.CLIENT_GONE else found
