@@ -52,9 +52,7 @@ class SseDecoder:
             self._payload(payload)
             if self.over():
                 return self.stream.take()
-        if self.framer.overflow:
-            self.fault = Malformed("The provider sent an event larger than the gateway accepts.")
-        return self.stream.take()
+        return self.taken()
 
     def close(self) -> list[Item]:
         """The HTTP body ended cleanly: the last chunks, or a fault if the format's own end is missing."""
@@ -82,6 +80,12 @@ class SseDecoder:
     def finished(self) -> bool:
         """Every choice that was asked for has its finish reason, though the end marker may be missing yet."""
         return self.stream.finished and len(self.stream.choices) >= self._wanted
+
+    def taken(self) -> list[Item]:
+        """What one read gave, when all its events have been seen; an event that grew too large is the fault from here on."""
+        if self.framer.overflow:
+            self.fault = Malformed("The provider sent an event larger than the gateway accepts.")
+        return self.stream.take()
 
     def over(self) -> bool:
         """Ended or broken: nothing more will be decoded."""

@@ -169,5 +169,5 @@ def _secrets(provider: Provider) -> tuple[tuple[re.Pattern[str], str], ...]:
 
 def _without(secrets: tuple[tuple[re.Pattern[str], str], ...], text: str) -> str:
     for secret, stand_in in secrets:
-        text = secret.sub(stand_in.replace("\\", ""), text)
+        text = secret.sub(stand_in, text)
     return text

@@ -76,9 +76,7 @@ class Decoder(SseDecoder):
                     self._payload(payload)
             if self.over():
                 return self.stream.take()
-        if self.framer.overflow:
-            self.fault = Malformed("The provider sent an event larger than the gateway accepts.")
-        return self.stream.take()
+        return self.taken()
 
     def _plain(self, chunk: Json) -> bool:
         """A text delta of a choice that has begun, with nothing else to see to: stamp it and send it on as it is."""
