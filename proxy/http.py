@@ -1,4 +1,4 @@
-"""HTTP as the edge speaks it, without any decision about calls: bodies in, bounded in size and time; heads and errors out.
+"""HTTP as the edge speaks it, without any decision about calls: requests and their bodies in, heads and errors out.
 
 The one rule: an error is always the OpenAI envelope, and no header holds a byte that a client chose without being cleaned.
 
@@ -11,18 +11,87 @@ import asyncio
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import parse_qsl, unquote
 
 import orjson
-from aiohttp import web
 
 from proxy.call import Call
+from proxy.delivery import Delivery, Response
 from proxy.errors import GatewayError, Refused
 from proxy.reply import Head
 
 Json = dict[str, Any]
 
 
-def allow(request: web.BaseRequest, *methods: str) -> None:
+class Request:
+    """A client's request whose head is in. path: percent-decoded. length: the declared size of its body, in bytes.
+
+    The connection feeds the body as it comes; `body` waits for it. missing: bytes that have not come yet.
+    """
+
+    __slots__ = ("_discard", "_parts", "_query", "_waiter", "delivery", "headers", "length", "method", "missing", "path")
+
+    def __init__(self, method: str, target: str, headers: Mapping[str, str], delivery: Delivery, length: int) -> None:
+        path, _, self._query = target.partition("?")
+        self.method = method
+        self.path = unquote(path) if "%" in path else path
+        self.headers = headers
+        self.delivery = delivery
+        self.length = self.missing = length
+        self._parts: list[bytes] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._discard = False
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        return dict(parse_qsl(self._query, keep_blank_values=True))
+
+    def feed(self, data: bytes) -> bytes:
+        """Bytes of the body; returns what is beyond it."""
+        missing = self.missing
+        if not missing:
+            return data
+        mine = data if len(data) <= missing else data[:missing]
+        self.missing = missing - len(mine)
+        if not self._discard:
+            self._parts.append(mine)
+        if not self.missing and self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        return data[len(mine) :]
+
+    def left(self) -> Request:
+        """Nobody wants the body any more: what still comes is not kept."""
+        self._discard = True
+        self._parts.clear()
+        return self
+
+    async def body(self, limit: int, seconds: float) -> bytes:
+        """The body, at most `limit` bytes (413), within `seconds` (408)."""
+        if self.length > limit:
+            self.left()
+            raise too_large(limit)
+        if self.missing:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._waiter
+            except TimeoutError:
+                raise too_slow(seconds) from None
+        parts = self._parts
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def too_large(limit: int) -> Refused:
+    message = f"The body is larger than the {limit} bytes that server.max_body allows."
+    return Refused(message, status=413, code="body_too_large", headers={"Connection": "close"})
+
+
+def too_slow(seconds: float) -> Refused:
+    message = f"The body did not arrive within {seconds:g} s."
+    return Refused(message, status=408, code="body_timeout", headers={"Connection": "close"})
+
+
+def allow(request: Request, *methods: str) -> None:
     """Refuse the request (405) unless its method is one of these."""
     if request.method not in methods:
         allowed = ", ".join(methods)
@@ -32,44 +101,12 @@ def allow(request: web.BaseRequest, *methods: str) -> None:
 
 def check_json(headers: Mapping[str, str]) -> None:
     """Refuse a body (415) that says that it is something else than JSON; one that says nothing may be."""
+    if headers.get("content-type") == "application/json":
+        return
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind and not (kind == "application/json" or kind.endswith("+json") or kind == "text/plain"):
         message = f"The body must be JSON, with the header Content-Type: application/json, not {kind[:80]}."
         raise Refused(message, status=415, code="unsupported_media_type")
-
-
-async def read_body(request: web.BaseRequest, headers: Mapping[str, str], limit: int, seconds: float) -> bytes:
-    """The request's body, at most `limit` bytes (413), within `seconds` (408)."""
-    if (request.content_length or 0) > limit:
-        raise _too_large(limit)
-    if headers.get("expect", "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0
-    if request.content.is_eof():
-        # It came with the head: no clock is needed.
-        return await _read(request, limit)
-    try:
-        async with asyncio.timeout(seconds):
-            return await _read(request, limit)
-    except TimeoutError:
-        message = f"The body did not arrive within {seconds:g} s."
-        raise Refused(message, status=408, code="body_timeout", headers={"Connection": "close"}) from None
-
-
-async def _read(request: web.BaseRequest, limit: int) -> bytes:
-    content = request.content
-    parts, size = [], 0
-    while data := await content.readany():
-        parts.append(data)
-        size += len(data)
-        if size > limit:
-            raise _too_large(limit)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _too_large(limit: int) -> Refused:
-    message = f"The body is larger than the {limit} bytes that server.max_body allows."
-    return Refused(message, status=413, code="body_too_large", headers={"Connection": "close"})
 
 
 def head_headers(call: Call, head: Head, seconds: float) -> dict[str, str]:
@@ -94,7 +131,7 @@ def head_headers(call: Call, head: Head, seconds: float) -> dict[str, str]:
     return found
 
 
-def error_response(error: GatewayError, identity: str) -> web.Response:
+def error_response(error: GatewayError, identity: str) -> Response:
     """The error in OpenAI's envelope. identity: the request id."""
     fields = {**error.headers, "X-Request-Id": identity}
     if error.tries:
@@ -103,11 +140,9 @@ def error_response(error: GatewayError, identity: str) -> web.Response:
         # The official SDKs would try again on their own; that has been done.
         fields["x-should-retry"] = "false"
     response = json_response({"error": error.envelope()}, error.status, fields)
-    if error.headers.get("Connection") == "close":
-        response.force_close()
+    response.close = error.headers.get("Connection") == "close"
     return response
 
 
-def json_response(body: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    fields = {**(headers or {}), "Server": "penstock", "Content-Type": "application/json"}
-    return web.Response(body=orjson.dumps(body), status=status, headers=fields)
+def json_response(body: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(status, orjson.dumps(body), {**(headers or {}), "Server": "penstock", "Content-Type": "application/json"})

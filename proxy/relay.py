@@ -1,12 +1,12 @@
 """A reply out to its client, chunk by chunk: the one place that names the outcome.
 
-Strategy: each batch leaves in one write as soon as it is decoded. The final batch (finish chunks) is held until the iterator has
-run to its end, so that what middleware does after its loop is done before the client can turn away; then finish chunks, usage
-and `[DONE]` leave in one write.
+Strategy: each batch leaves in one write as soon as it is decoded. A reply that can push is written in the very callback in which
+its bytes came, and this task only wakes for the end, or while the client is behind; any other is pulled. The final batch (finish
+chunks) is held until what middleware does at the end is done, before the client can turn away; then finish chunks, usage and
+`[DONE]` leave in one write.
 The one rule: a stream that did not complete never looks complete: it ends with an error chunk, without `[DONE]`.
 
-A slow client slows the upstream, because every write is awaited. One that takes nothing for `write_timeout` is noticed by one
-timer per stream that looks at the clock when it fires (`_Patience`), never by a timer per write.
+A slow client slows the upstream: while it is behind, nothing is read for it. One that takes nothing for `write_timeout` is gone.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import AsyncIterator, Mapping
 
 import orjson
 import structlog
-from aiohttp import web
 
 from proxy.call import Call
+from proxy.delivery import Delivery, Response
 from proxy.errors import GatewayError, Outcome, UpstreamTimeout
 from proxy.faces import Face
 from proxy.fold import fold, unfold
-from proxy.reply import Batch, Completion, Reply
+from proxy.reply import Batch, Completion, Flow, Reply, flow_of
 
 log = structlog.get_logger("penstock")
 
@@ -37,38 +37,49 @@ STREAM_HEADERS = {
 class Relay:
     """One reply on its way out. `interrupt` ends it from outside, with an error that the client is told."""
 
-    def __init__(self, request: web.BaseRequest, call: Call, reply: Reply, face: Face, write_timeout: float) -> None:
-        self._request = request
+    def __init__(self, delivery: Delivery, call: Call, reply: Reply, face: Face, write_timeout: float) -> None:
+        self._delivery = delivery
         self._call = call
         self._reply = reply
         self._face = face
+        self._write_timeout = write_timeout
         self._interruption: GatewayError | None = None
         self._sent: Batch | None = None
-        self._patience = _Patience(request, write_timeout)
+        self._held = Batch([], final=True)
+        self._wake: asyncio.Future[None] | None = None
+        self._over = False
+        self._error: Exception | None = None
+        self._clock = asyncio.get_running_loop().time
+        self._last = 0.0
+        self._longest = 0.0
+        self._stalls = 0
 
     @property
     def buffered(self) -> int:
         """Bytes that were written to the client and that its connection has not yet taken."""
-        transport = self._request.transport
-        return transport.get_write_buffer_size() if transport is not None else 0
+        return self._delivery.buffered
 
     def interrupt(self, error: GatewayError) -> None:
         """End the stream now: the upstream is closed, and the client gets `error` as its last chunk."""
         self._interruption = error
         self._reply.trailer.release()
+        self._ended(error)
 
-    async def run(self, headers: Mapping[str, str]) -> web.StreamResponse:
+    async def run(self, headers: Mapping[str, str]) -> None:
         """Send the reply to its end, whichever it is. Raises GatewayError only as long as nothing was sent."""
-        loop = asyncio.get_running_loop()
         deadline = self._call.deadline
-        timer = None if deadline is None else loop.call_at(deadline, self._too_late)
+        timer = None if deadline is None else asyncio.get_running_loop().call_at(deadline, self._too_late)
         try:
             if self._call.stream and self._call.kind != "embeddings":
-                return await self._stream(headers)
-            return await self._whole(headers)
+                await self._stream(headers)
+            else:
+                await self._whole(headers)
         except asyncio.CancelledError:
             self._end(Outcome.CLIENT_GONE)
             raise
+        except ConnectionError:
+            self._end(Outcome.CLIENT_GONE)
+            self._delivery.close = True
         except GatewayError as error:
             told = self._interruption or error
             self._end(told.outcome, told)
@@ -76,26 +87,17 @@ class Relay:
         finally:
             if timer is not None:
                 timer.cancel()
-            self._patience.stop()
             await self._reply.close(Outcome.GATEWAY_ERROR)
 
     def _too_late(self) -> None:
         self.interrupt(UpstreamTimeout("total", self._call.limits.total or 0.0))
 
-    async def _whole(self, headers: Mapping[str, str]) -> web.StreamResponse:
-        completion = await self._completion()
-        body = orjson.dumps(self._face.whole(completion))
-        response = web.Response(body=body, headers={**headers, "Content-Type": "application/json"})
-        await self._deliver(response)
+    async def _whole(self, headers: Mapping[str, str]) -> None:
+        body = orjson.dumps(self._face.whole(await self._completion()))
+        self._delivery.whole(Response(200, body, {**headers, "Content-Type": "application/json"}))
+        if self._delivery.congested:
+            await self._drained()
         self._end(Outcome.COMPLETED)
-        return response
-
-    async def _deliver(self, response: web.Response) -> None:
-        self._patience.start()
-        self._patience.writing()
-        await response.prepare(self._request)
-        await response.write_eof()
-        self._patience.written()
 
     async def _completion(self) -> Completion:
         """The whole reply; folded where the upstream streamed it."""
@@ -104,74 +106,120 @@ class Relay:
             return batches[0].chunks[0]
         return fold((chunk for batch in batches for chunk in batch.chunks), self._reply.trailer.usage)
 
-    async def _stream(self, headers: Mapping[str, str]) -> web.StreamResponse:
-        response = web.StreamResponse(headers={**headers, **STREAM_HEADERS})
-        self._patience.start()
+    async def _stream(self, headers: Mapping[str, str]) -> None:
+        delivery = self._delivery
+        delivery.start({**headers, **STREAM_HEADERS})
+        self._last = self._clock()
         try:
-            await response.prepare(self._request)
-            held = await self._chunks(response)
+            try:
+                if (flow := flow_of(self._reply.chunks)) is not None:
+                    await self._pushed(flow)
+                else:
+                    await self._pulled()
+            finally:
+                self._gaps()
             # The end of the stream and the end of the HTTP body, in one write.
-            self._patience.writing()
-            await response.write_eof(self._face.last(held, self._reply.trailer, self._call.options))
+            delivery.end(self._face.last(self._held, self._reply.trailer, self._call.options))
+            if delivery.congested:
+                await self._drained()
             self._end(Outcome.COMPLETED)
-            return response
         except GatewayError as error:
-            await self._fail(response, self._interruption or error)
-        except (ConnectionError, TimeoutError):
-            self._end(Outcome.CLIENT_GONE)
-            response.force_close()
-            return response
+            self._fail(self._interruption or error)
+        except ConnectionError:
+            raise
         except Exception:
             log.exception("relay failed", id=self._call.id)
-            await self._fail(response, GatewayError("The gateway failed while it relayed the stream."))
-        await self._finish(response)
-        return response
+            self._fail(GatewayError("The gateway failed while it relayed the stream."))
 
-    async def _chunks(self, response: web.StreamResponse) -> Batch:
-        """Relay all batches but the final one, which is returned when the iterator has run to its end."""
-        held = Batch([], final=True)
-        events, write, patience = self._face.events, response.write, self._patience
-        clock = patience.clock
-        longest, stalls, last = 0.0, 0, clock()
+    # Pushed: batches come by themselves
+
+    async def _pushed(self, flow: Flow) -> None:
+        """Relay all batches but the final one; returns when that is held and the reply has run to its end."""
+        flow.push(self._receive, self._ended)
+        loop = asyncio.get_running_loop()
+        while not self._over:
+            if self._delivery.congested:
+                flow.pause()
+                await self._drained()
+                flow.resume()
+            else:
+                self._wake = loop.create_future()
+                await self._wake
+        if self._error is not None:
+            raise self._error
+        await flow.finished()
+
+    def _receive(self, batch: Batch) -> None:
+        if self._over:
+            return
         try:
-            async for batch in _unfolded(self._reply) if self._reply.whole else self._reply.chunks:
-                if batch.final:
-                    held = batch
-                    continue
-                self._sent = batch
-                patience.since = now = clock()
-                if (gap := now - last) > longest:
-                    longest = gap
-                if gap > STALL_SECONDS:
-                    stalls += 1
-                last = now
-                await write(events(batch))
-                patience.since = None
-            return held
-        finally:
-            # The silence before the end is a gap too: a stream that timed out had its longest there.
-            gap, trailer = clock() - last, self._reply.trailer
-            trailer.longest_gap, trailer.stalls = max(longest, gap), stalls + (gap > STALL_SECONDS)
+            self._write(batch)
+        except Exception as error:
+            self._ended(error)
+        else:
+            if self._delivery.congested:
+                self._awake()
 
-    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
-        self._patience.writing()
-        await response.write(data)
-        self._patience.written()
+    def _ended(self, error: Exception | None) -> None:
+        if not self._over:
+            self._over = True
+            self._error = error
+            self._awake()
 
-    async def _fail(self, response: web.StreamResponse, error: GatewayError) -> None:
+    def _awake(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    # Pulled: batches are asked for
+
+    async def _pulled(self) -> None:
+        """Relay all batches but the final one, which is held when the iterator has run to its end."""
+        async for batch in _unfolded(self._reply) if self._reply.whole else self._reply.chunks:
+            self._write(batch)
+            if self._delivery.congested:
+                await self._drained()
+
+    # Both
+
+    def _write(self, batch: Batch) -> None:
+        if batch.final:
+            self._held = batch
+            return
+        self._sent = batch
+        now = self._clock()
+        gap = now - self._last
+        if gap > self._longest:
+            self._longest = gap
+            if gap > STALL_SECONDS:
+                self._stalls += 1
+        elif gap > STALL_SECONDS:
+            self._stalls += 1
+        self._last = now
+        self._delivery.write(self._face.events(batch))
+
+    def _gaps(self) -> None:
+        """The silence before the end is a gap too: a stream that timed out had its longest there."""
+        gap, trailer = self._clock() - self._last, self._reply.trailer
+        trailer.longest_gap, trailer.stalls = max(self._longest, gap), self._stalls + (gap > STALL_SECONDS)
+
+    async def _drained(self) -> None:
+        """Wait for a client that is behind. One that has taken nothing for `write_timeout` is gone: raises ConnectionError."""
+        while True:
+            queued = self._delivery.buffered
+            try:
+                async with asyncio.timeout(self._write_timeout):
+                    await self._delivery.drained()
+                return
+            except TimeoutError:
+                if self._delivery.buffered >= queued:
+                    self._delivery.abort()
+                    raise ConnectionResetError("The client takes nothing.") from None
+
+    def _fail(self, error: GatewayError) -> None:
         """The error chunk instead of an end; the connection is closed behind it."""
         self._end(error.outcome, error)
-        response.force_close()
-        try:
-            await self._write(response, self._face.failure(error, self._call, self._sent.chunks[-1] if self._sent else None))
-        except (ConnectionError, TimeoutError):
-            return
-
-    async def _finish(self, response: web.StreamResponse) -> None:
-        try:
-            await response.write_eof()
-        except (ConnectionError, TimeoutError):
-            response.force_close()
+        self._delivery.close = True
+        self._delivery.end(self._face.failure(error, self._call, self._sent.chunks[-1] if self._sent else None))
 
     def _end(self, outcome: Outcome, error: GatewayError | None = None) -> None:
         self._reply.trailer.end(outcome, error)
@@ -183,48 +231,3 @@ async def _unfolded(reply: Reply) -> AsyncIterator[Batch]:
         content, finish, reply.trailer.usage = unfold(batch.chunks[0])
         yield Batch(content)
         yield Batch(finish, final=True)
-
-
-class _Patience:
-    """Ends a connection whose client takes nothing: one timer per stream, moved by looking at the clock when it fires.
-
-    since: when the pending write began, None while none is pending.
-    """
-
-    def __init__(self, request: web.BaseRequest, seconds: float) -> None:
-        self._request = request
-        self._seconds = seconds
-        self._loop = asyncio.get_running_loop()
-        self.clock = self._loop.time
-        self.since: float | None = None
-        self._looked = 0.0
-        self._queued = 0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def start(self) -> None:
-        self._timer = self._loop.call_later(self._seconds, self._check)
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def writing(self) -> None:
-        self.since = self.clock()
-
-    def written(self) -> None:
-        self.since = None
-
-    def _check(self) -> None:
-        """The timer: what is queued must have shrunk since the last look, or the write must be younger than the limit."""
-        transport = self._request.transport
-        queued = transport.get_write_buffer_size() if transport is not None else 0
-        now = self.clock()
-        if self.since is None or queued != self._queued:
-            self._queued = queued
-            self._looked = now
-        waited = 0.0 if self.since is None else now - max(self.since, self._looked)
-        if waited < self._seconds:
-            self._timer = self._loop.call_later(self._seconds - waited + 0.001, self._check)
-        elif transport is not None:
-            transport.abort()

@@ -1,7 +1,7 @@
 """The edge: HTTP in, a call into the pipeline, a relay out.
 
-Strategy: a flat table of endpoints under every base URL that clients of such proxies are configured with, on aiohttp's low-level
-server (no application, no resolver: a look-up in a dict). Whatever is raised on the way becomes the OpenAI error envelope here.
+Strategy: a flat table of endpoints under every base URL that clients of such proxies are configured with (no application, no
+resolver: a look-up in a dict). Whatever is raised on the way becomes the OpenAI error envelope here.
 The one rule: nothing is read of a body before the path, the method, the Host and the declared size are accepted.
 """
 
@@ -16,18 +16,18 @@ from typing import Any, TypeVar
 
 import orjson
 import structlog
-from aiohttp import web
 
 from proxy.admission import ANYBODY, Defaults, Readers, admit, parse_json, request_id
 from proxy.call import Call, Principal
+from proxy.delivery import Response
 from proxy.errors import Draining, GatewayError, Outcome, Refused, UpstreamTimeout, why_cancelled
 from proxy.faces import FACES, Face
-from proxy.http import allow, check_json, error_response, head_headers, json_response, read_body
+from proxy.http import Request, allow, check_json, error_response, head_headers, json_response
 from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query
 from proxy.relay import Relay
 from proxy.reply import Reply
 from proxy.routing import Directory
-from proxy.sockets import server
+from proxy.sockets import Server
 
 log = structlog.get_logger("penstock")
 
@@ -84,9 +84,9 @@ class Edge:
         """`/readyz` says no from now on, while calls are still accepted, so that a load balancer turns away first."""
         self._ready = False
 
-    def server(self, *, admin: bool = False) -> web.Server:
-        """aiohttp's low-level server for this edge. admin: the second address, for scrapers and operators, without auth."""
-        return server(self.handle_admin if admin else self.handle)
+    def server(self, *, admin: bool = False) -> Server:
+        """The server for this edge. admin: the second address, for scrapers and operators, without auth."""
+        return Server(self.handle_admin if admin else self.handle)
 
     @property
     def open_calls(self) -> int:
@@ -97,12 +97,12 @@ class Edge:
         """Bytes that are waiting for clients to take them, over all streams."""
         return sum(relay.buffered for relay in self._active.values() if relay is not None)
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def handle(self, request: Request) -> None:
         """One HTTP request, from its head to its answer."""
-        headers = request.headers
+        headers, delivery = request.headers, request.delivery
         identity = request_id(headers)
         try:
-            return await self._dispatch(request, headers, identity)
+            response = await self._dispatch(request, headers, identity)
         except GatewayError as error:
             # What never reached the pipeline is logged here; everything else by the middleware that the operator chose.
             log.info(
@@ -110,14 +110,17 @@ class Edge:
             )
             for refused in self._refused:
                 refused(error)
-            return error_response(error, identity)
-        except (web.RequestPayloadError, ConnectionError):
+            response = error_response(error, identity)
+        except ConnectionError:
             raise
         except Exception:
             log.exception("request failed", id=identity)
-            return error_response(GatewayError("The gateway failed on this request."), identity)
+            response = error_response(GatewayError("The gateway failed on this request."), identity)
+        if response is not None and not delivery.begun:
+            delivery.whole(response)
 
-    async def _dispatch(self, request: web.BaseRequest, headers: Mapping[str, str], identity: str) -> web.StreamResponse:
+    async def _dispatch(self, request: Request, headers: Mapping[str, str], identity: str) -> Response | None:
+        """The answer, or None where it has been sent."""
         path = request.path
         if path in ("/healthz", "/readyz") and "verbose" not in request.query:
             allow(request, "GET", "HEAD")
@@ -135,35 +138,37 @@ class Edge:
                 return self._models(path[len(models) + 1 :], principal)
         raise Refused(f"There is nothing at {request.method} {path[:200]}.", status=404, code="unknown_path")
 
-    async def handle_admin(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def handle_admin(self, request: Request) -> None:
         """One request on the admin address: health and the middleware's endpoints, nothing else, for whoever can reach it."""
         try:
-            self._check_host(request.headers.get("host", ""), self._settings.admin_loopback_only)
-            if request.path in ("/healthz", "/readyz") and "verbose" not in request.query:
-                allow(request, "GET", "HEAD")
-                return self._health(request.path)
-            if point := self._point(request.path):
-                return await self._serve(point, request, request.headers, OPERATOR)
-            raise Refused(f"There is nothing at {request.path[:200]} on the admin address.", status=404, code="unknown_path")
+            response = await self._dispatch_admin(request)
         except GatewayError as error:
-            return error_response(error, request_id(request.headers))
+            response = error_response(error, request_id(request.headers))
+        request.delivery.whole(response)
+
+    async def _dispatch_admin(self, request: Request) -> Response:
+        self._check_host(request.headers.get("host", ""), self._settings.admin_loopback_only)
+        if request.path in ("/healthz", "/readyz") and "verbose" not in request.query:
+            allow(request, "GET", "HEAD")
+            return self._health(request.path)
+        if point := self._point(request.path):
+            return await self._serve(point, request, request.headers, OPERATOR)
+        raise Refused(f"There is nothing at {request.path[:200]} on the admin address.", status=404, code="unknown_path")
 
     def _point(self, path: str) -> Endpoint | None:
         return Endpoint("GET", path, self._verbose, admin=True) if path == "/readyz" else self._endpoints.get(path)
 
-    async def _serve(
-        self, point: Endpoint, request: web.BaseRequest, headers: Mapping[str, str], principal: Principal
-    ) -> web.StreamResponse:
+    async def _serve(self, point: Endpoint, request: Request, headers: Mapping[str, str], principal: Principal) -> Response:
         """An endpoint of a middleware. Where nobody authenticates, everybody on the loopback port may use it."""
         allow(request, point.method, *(("HEAD",) if point.method == "GET" else ()))
         if point.admin and self._authenticate is not None and not principal.admin:
             raise Refused("This needs a key with admin: true.", status=403, code="admin_only", type="permission_error")
-        body = await self._body(request, headers) if point.method != "GET" else b""
+        body = await self._body(request) if point.method != "GET" else b""
         answer = await point.handler(Query(request.method, request.path, request.query, headers, body, principal))
         fields = {"Server": "penstock", "Content-Type": answer.content_type, **answer.headers}
-        return web.Response(body=answer.body, status=answer.status, headers=fields)
+        return Response(answer.status, answer.body, fields)
 
-    def _health(self, path: str) -> web.Response:
+    def _health(self, path: str) -> Response:
         if path == "/readyz" and not self._ready:
             return json_response({"status": "draining"}, 503)
         return json_response({"status": "ok"})
@@ -183,7 +188,7 @@ class Edge:
                 code="host_not_allowed",
             )
 
-    def _models(self, model: str, principal: Principal) -> web.Response:
+    def _models(self, model: str, principal: Principal) -> Response:
         """The models, or one of them; what a key may not use does not exist for it."""
         allows = self._allows or (lambda principal, name: True)
         if not model:
@@ -195,8 +200,8 @@ class Edge:
         return json_response(self._directory.find(model))
 
     async def _call(
-        self, request: web.BaseRequest, headers: Mapping[str, str], identity: str, face: Face, principal: Principal
-    ) -> web.StreamResponse:
+        self, request: Request, headers: Mapping[str, str], identity: str, face: Face, principal: Principal
+    ) -> Response | None:
         """One call through the pipeline. It can be ended from outside (`end_all`) at every stage."""
         task = asyncio.current_task()
         assert task is not None
@@ -207,14 +212,15 @@ class Edge:
         try:
             started = time.perf_counter()
             check_json(headers)
-            raw = await self._unless_ended(self._body(request, headers))
+            raw = await self._unless_ended(self._body(request))
             body = parse_json(raw, self._settings.defaults.max_depth)
             face.check(body)
             call = admit(body, face.KIND, headers, self._directory, self._settings.defaults, identity, principal, self._readers)
             try:
                 reply = await self._unless_ended(self._in_time(call))
-                relay = self._active[task] = Relay(request, call, reply, face, self._settings.write_timeout)
-                return await relay.run(head_headers(call, reply.head, time.perf_counter() - started))
+                relay = self._active[task] = Relay(request.delivery, call, reply, face, self._settings.write_timeout)
+                await relay.run(head_headers(call, reply.head, time.perf_counter() - started))
+                return None
             except GatewayError as error:
                 return error_response(error, identity)
         finally:
@@ -250,8 +256,8 @@ class Edge:
             task.uncancel()
             raise Draining("The gateway is shutting down.", headers={"Retry-After": "1"}) from None
 
-    def _body(self, request: web.BaseRequest, headers: Mapping[str, str]) -> Awaitable[bytes]:
-        return read_body(request, headers, self._settings.max_body, self._settings.body_timeout)
+    def _body(self, request: Request) -> Awaitable[bytes]:
+        return request.body(self._settings.max_body, self._settings.body_timeout)
 
     async def drained(self, seconds: float) -> bool:
         """Wait until no call is open, at most `seconds`."""

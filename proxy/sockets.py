@@ -1,31 +1,60 @@
-"""Listening: bound sockets, and aiohttp's low-level server with the settings that a streaming proxy needs.
+"""Listening: bound sockets, our own lane for requests of the usual form, and aiohttp's low-level server for all others.
 
+Strategy: both ways end in the same handler. What aiohttp has read is made a `Request`, and its answer is written by the same
+`Delivery` straight to the transport; aiohttp is then told that its response has already been sent.
 The one rule: a client's leaving is noticed at once, whatever is still queued for it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from typing import Any
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web_protocol import RequestHandler
 
-KEEP_ALIVE_SECONDS = 75.0
+from proxy.delivery import Delivery
+from proxy.errors import Refused
+from proxy.http import Request, too_large, too_slow
+from proxy.lane import KEEP_ALIVE_SECONDS, Handle, Lane
+
 HEADER_LIMIT = 2**15
 
 
-def server(handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> web.Server:
-    """aiohttp's server without application or resolver; a handler whose client has left is cancelled."""
-    return _Server(
-        handle,
-        handler_cancellation=True,
-        access_log=None,
-        keepalive_timeout=KEEP_ALIVE_SECONDS,
-        max_line_size=HEADER_LIMIT,
-        max_field_size=HEADER_LIMIT,
-        auto_decompress=True,
-    )
+class Server(web.Server):
+    """aiohttp's server without application or resolver, behind a lane; a handler whose client has left is cancelled."""
+
+    def __init__(self, handle: Handle) -> None:
+        super().__init__(
+            self._handed,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=KEEP_ALIVE_SECONDS,
+            max_line_size=HEADER_LIMIT,
+            max_field_size=HEADER_LIMIT,
+            auto_decompress=True,
+        )
+        self._handle = handle
+        self._lanes: set[Lane] = set()
+
+    def __call__(self) -> Lane:  # type: ignore[override]
+        return Lane(self._handle, self._connection, self._lanes)
+
+    def _connection(self) -> asyncio.Protocol:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+    async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's own signature
+        for lane in list(self._lanes):
+            lane.close()
+        await super().shutdown(timeout)
+
+    async def _handed(self, request: web.BaseRequest) -> web.StreamResponse:
+        """A request that aiohttp has read."""
+        found = _Read(request)
+        await self._handle(found)
+        return _Sent(found.delivery)
 
 
 class _Connection(RequestHandler):
@@ -39,9 +68,81 @@ class _Connection(RequestHandler):
             self.transport.abort()
 
 
-class _Server(web.Server):
-    def __call__(self) -> RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
+class _Read(Request):
+    """A request out of aiohttp's parser; its body is read from there, too."""
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: web.BaseRequest) -> None:
+        modern = request.version >= (1, 1)
+        delivery = Delivery(_Written(request), chunked=modern, bodiless=request.method == "HEAD", close=not request.keep_alive)
+        super().__init__(request.method, "", request.headers, delivery, request.content_length or 0)
+        self.path, self._query = request.path, request.query_string
+        self._request = request
+
+    async def body(self, limit: int, seconds: float) -> bytes:
+        if self.length > limit:
+            raise too_large(limit)
+        if self.headers.get("expect", "").lower() == "100-continue" and (transport := self._request.transport) is not None:
+            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._content(limit)
+        except TimeoutError:
+            raise too_slow(seconds) from None
+
+    async def _content(self, limit: int) -> bytes:
+        content, parts, size = self._request.content, [], 0
+        try:
+            while data := await content.readany():
+                parts.append(data)
+                size += len(data)
+                if size > limit:
+                    raise too_large(limit)
+        except web.RequestPayloadError as error:
+            raise Refused(f"The body cannot be read: {error}.", code="invalid_body", headers={"Connection": "close"}) from None
+        return b"".join(parts)
+
+
+class _Written:
+    """An aiohttp connection as a delivery sees it."""
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: web.BaseRequest) -> None:
+        self._request = request
+
+    @property
+    def transport(self) -> Any:
+        return self._request.transport
+
+    @property
+    def congested(self) -> bool:
+        return self._request.protocol.writing_paused
+
+    async def drained(self) -> None:
+        if self._request.transport is None:
+            raise ConnectionResetError("The client has gone.")
+        writer: AbstractStreamWriter = self._request.writer
+        await writer.drain()
+
+
+class _Sent(web.StreamResponse):
+    """Tells aiohttp that the answer is out already."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        super().__init__()
+        self._close = delivery.close or not delivery.begun
+
+    @property
+    def keep_alive(self) -> bool | None:
+        return not self._close
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing is left to write."""
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

@@ -1,25 +1,27 @@
-"""The chunks of one streamed reply, pulled out of a socket through a decoder.
+"""The chunks of one streamed reply, out of a socket through a decoder: pushed on as they arrive, or pulled.
 
-Strategy: an object rather than a generator, because it owns a socket and must close it even if nobody ever iterates. It reads
-only when asked, so a slow client slows the upstream. The idle limit is one timer per stream that looks at the clock when it
-fires and moves itself; a timer per chunk would cost more than decoding the chunk.
+Strategy: an object rather than a generator, because it owns a socket and must close it even if nobody ever iterates. Pushed, the
+decoder runs in the callback that brings the bytes; a reader that is slow pauses the socket. Pulled, it reads only when asked. The
+idle limit is one timer per stream that looks at the clock when it fires and moves itself; a timer per chunk would cost more than
+decoding the chunk.
 The one rule: the idle limit counts content, not bytes (pings keep no stream alive), and only while somebody waits for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+from typing import cast
 
 from proxy.call import Provider
 from proxy.decoder import SseDecoder
 from proxy.errors import GatewayError, UpstreamTimeout
 from proxy.faults import presentable
-from proxy.reply import Batch, Item, Trailer
-from proxy.transport import UpstreamResponse
+from proxy.reply import Batch, Ended, Item, Receive, Trailer
+from proxy.transport import PushedResponse, UpstreamResponse
 
 
 class Source:
-    """An async iterator of batches. trailer: filled when the decoder has seen the end; it owns the socket.
+    """A flow of batches. trailer: filled when the decoder has seen the end; it owns the socket.
 
     idle: seconds without content after which the stream fails. settle: seconds of silence after the last finish reason that
     count as the upstream's end.
@@ -29,6 +31,7 @@ class Source:
         self, response: UpstreamResponse, decoder: SseDecoder, idle: float | None, settle: float, provider: Provider
     ) -> None:
         self._response = response
+        self._pushed = cast(PushedResponse, response) if hasattr(response, "listen") else None
         self._decoder = decoder
         self._idle = idle
         self._settle = settle
@@ -37,7 +40,11 @@ class Source:
         self._loop = asyncio.get_running_loop()
         self._waiting_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._settling: asyncio.TimerHandle | None = None
         self._expired = False
+        self._closed = False
+        self._receive: Receive | None = None
+        self._ended: Ended | None = None
         self.trailer = Trailer()
         self.trailer.own(self.close)
 
@@ -48,15 +55,94 @@ class Source:
             self._timer = self._loop.call_later(self._idle, self._check_idle)
 
     def close(self) -> None:
-        """Close the socket (unless the stream has ended: then it may be reused) and forget the timer. Idempotent."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        """Close the socket (unless the stream has ended: then it may be reused) and forget the timers. Idempotent."""
+        self._closed = True
+        for timer in (self._timer, self._settling):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._settling = self._receive = self._ended = None
         if not self._decoder.ended:
             self._response.close()
 
     async def aclose(self) -> None:
         self.close()
+
+    # Pushed
+
+    @property
+    def pushes(self) -> bool:
+        return self._pushed is not None
+
+    def push(self, receive: Receive, ended: Ended) -> None:
+        assert self._pushed is not None
+        self._receive, self._ended = receive, ended
+        self._waiting_since = self._loop.time()
+        if (first := self._first) is not None:
+            self._first = None
+            receive(first)
+        if not self._over():
+            self._pushed.listen(self._data, self._http_end)
+
+    def pause(self) -> None:
+        """A slow reader is not the upstream's silence: the idle limit stands still."""
+        self._waiting_since = None
+        if self._pushed is not None:
+            self._pushed.pause()
+
+    def resume(self) -> None:
+        self._waiting_since = self._loop.time()
+        if self._pushed is not None and not self._closed:
+            self._pushed.resume()
+
+    async def finished(self) -> None:
+        """Nothing is left to do."""
+
+    def _data(self, data: bytes) -> None:
+        """One network read."""
+        decoder = self._decoder
+        if self._receive is None or decoder.ended or decoder.fault is not None:
+            return
+        batch = self._batch(decoder.feed(data))
+        if batch is not None:
+            if self._waiting_since is not None:
+                self._waiting_since = self._loop.time()
+            self._receive(batch)
+        if not self._over() and self._settling is None and decoder.stream.finishing and decoder.finished:
+            self._settling = self._loop.call_later(self._settle, self._settled)
+
+    def _http_end(self, error: GatewayError | None) -> None:
+        """The HTTP body is over, cleanly or not."""
+        decoder = self._decoder
+        if self._receive is None or decoder.ended or decoder.fault is not None:
+            return
+        if error is not None:
+            decoder.fault = error
+        else:
+            self._last(decoder.close())
+        self._over()
+
+    def _settled(self) -> None:
+        self._settling = None
+        self._response.close()
+        self._last(self._decoder.settle())
+        self._over()
+
+    def _last(self, chunks: list[Item]) -> None:
+        batch = self._batch(chunks)
+        if batch is not None and self._receive is not None:
+            self._receive(batch)
+
+    def _over(self) -> bool:
+        """Tell the reader, once, if nothing more will come."""
+        decoder, ended = self._decoder, self._ended
+        if not decoder.ended and decoder.fault is None:
+            return False
+        if ended is not None:
+            self._ended = None
+            ended(None if decoder.fault is None else presentable(decoder.fault, self._provider))
+        return True
+
+    # Pulled
 
     def __aiter__(self) -> Source:
         return self
@@ -97,6 +183,8 @@ class Source:
                 return batch
         raise presentable(decoder.fault, self._provider)
 
+    # Both
+
     def _batch(self, chunks: list[Item]) -> Batch | None:
         """What to hand on, if anything; notices the end."""
         decoder = self._decoder
@@ -119,8 +207,12 @@ class Source:
             return
         now = self._loop.time()
         waited = 0.0 if self._waiting_since is None else now - self._waiting_since
-        if waited >= self._idle:
-            self._expired = True
-            self._response.close()
-        else:
+        if waited < self._idle:
             self._timer = self._loop.call_at(now - waited + self._idle + 0.001, self._check_idle)
+            return
+        self._expired = True
+        self._response.close()
+        if self._ended is not None:
+            # Nobody is told of a closed socket; a pulled stream hears it from its pending read.
+            self._decoder.fault = UpstreamTimeout("idle", self._idle)
+            self._over()

@@ -6,11 +6,12 @@ the errors of `proxy.errors`: foreign exceptions are mapped once, at the door.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from proxy.call import Limits
+from proxy.errors import GatewayError
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,22 @@ class UpstreamResponse(Protocol):
     def close(self) -> None:
         """Close the socket at once; a pending read ends. Idempotent."""
         ...
+
+
+class PushedResponse(UpstreamResponse, Protocol):
+    """What a response may have beside: push instead of pull. A response without it is pulled."""
+
+    def listen(self, receive: Callable[[bytes], None], ended: Callable[[GatewayError | None], None]) -> None:
+        """From now on `receive(data)`, once per network read with all body bytes of that read (what is buffered already: at
+        once), then `ended(None)` at a clean HTTP end, `ended(error)` where it is not clean. After `close()` neither is called.
+        """
+        ...
+
+    def pause(self) -> None:
+        """Stop reading from the socket. Idempotent."""
+        ...
+
+    def resume(self) -> None: ...
 
 
 class Transport(Protocol):

@@ -30,22 +30,24 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("proxy.decoder",),
     ("proxy.wire.*", "proxy.faces.*", "middleware.*", "proxy.source", "proxy.admission", "proxy.logs"),
     (
-        "proxy.upstream", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.http", "proxy.sockets",
-        "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema", "proxy.wording",
+        "proxy.upstream", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.delivery", "proxy.http", "proxy.lane",
+        "proxy.sockets", "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema", "proxy.wording",
     ),
     ("proxy.server",),
     ("proxy.app", "proxy.__main__"),
 )  # fmt: skip
 CONFIG = {"proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema", "proxy.wording"}
 # Modules that serve one another on one floor, beside those that share a folder.
-TOGETHER = (CONFIG, {"proxy.app", "proxy.__main__"})
+CLIENT_SIDE = {"proxy.delivery", "proxy.http", "proxy.lane", "proxy.sockets", "proxy.relay"}
+TOGETHER = (CONFIG, CLIENT_SIDE, {"proxy.app", "proxy.__main__"})
 
 # Who may import which third-party package; the packages that are not named here are the standard library's.
 LIGHT = ("orjson",)
-AIOHTTP = {"proxy.upstream", "proxy.relay", "proxy.http", "proxy.sockets", "proxy.server", "proxy.app"}
+AIOHTTP = {"proxy.upstream", "proxy.sockets", "proxy.app"}
 THIRD_PARTY = {
     "aiohttp": AIOHTTP,
     "yarl": AIOHTTP,
+    "multidict": {"proxy.lane"},
     "uvloop": {"proxy.app"},
     "pydantic": CONFIG,
     "pydantic_core": CONFIG,
