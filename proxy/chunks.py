@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from proxy.call import Call
-from proxy.reply import LISTS, Chunk, Item, Usage
+from proxy.reply import LISTS, Chunk, Item, Run, Usage
 
 Json = dict[str, Any]
 
@@ -72,14 +72,16 @@ class Choice:
 class ChunkStream:
     """The normalized side of a decoder. `take` hands over what was put since the last call.
 
-    finishing: some choice has its finish reason (a flag, because it is asked once per read).
+    sent: how many chunks were handed over. finishing: some choice has its finish reason (a flag, because it is asked once per
+    read).
     """
 
-    __slots__ = ("_call", "_out", "choices", "created", "extras", "finishing", "id", "model", "usage")
+    __slots__ = ("_call", "_out", "choices", "created", "extras", "finishing", "id", "model", "sent", "usage")
 
     def __init__(self, call: Call) -> None:
         self._call = call
         self._out: list[Item] = []
+        self.sent = 0
         self.id = ""
         self.created = 0
         self.model = call.model
@@ -174,6 +176,7 @@ class ChunkStream:
         out = self._out
         if out:
             self._out = []
+            self.sent += len(out)
         return out
 
     def stamp(self, chunk: Chunk) -> None:
@@ -189,6 +192,11 @@ class ChunkStream:
     def put_event(self, event: bytes) -> None:
         """A chunk that is already encoded as a complete event, with this stream's own id, created and model."""
         self._out.append(event)
+
+    def put_run(self, events: Run, count: int) -> None:
+        """As `put_event`, for `count` chunks at once."""
+        self._out.append(events)
+        self.sent += count - 1
 
     def _emit(self, index: int, choice: Choice, delta: Json, finish_reason: str | None) -> None:
         for name in LISTS & delta.keys():

@@ -33,11 +33,15 @@ Usage = Json
 LISTS = frozenset({"annotations", "provider_blocks", "images"})
 
 
+class Run(bytes):
+    """Several chunks, encoded as complete events one after the other."""
+
+
 class Batch:
     """The chunks of one upstream read.
 
-    items: chunks, or chunks that are already encoded as a complete event (`data: {json}` and a blank line, as bytes): most of
-    a stream's chunks are never looked at by anyone, and then need not be decoded.
+    items: chunks, or chunks that are already encoded as complete events (`data: {json}` and a blank line, as bytes; several in a
+    `Run`): most of a stream's chunks are never looked at by anyone, and then need not be decoded.
     final: it holds the finish chunks, and nothing follows it; the relay writes it together with usage and `[DONE]`.
     """
 
@@ -53,7 +57,7 @@ class Batch:
     def chunks(self) -> list[Chunk]:
         """The chunks as dicts, decoded at most once, however many look at them. They may be shared: do not change them."""
         if self._chunks is None:
-            self._chunks = [orjson.loads(item[6:-2]) if type(item) is bytes else item for item in self.items]  # type: ignore[misc]
+            self._chunks = [chunk for item in self.items for chunk in _decoded(item)]
         return self._chunks
 
     def sse(self) -> bytes:
@@ -63,10 +67,19 @@ class Batch:
         return self._sse
 
 
+def _decoded(item: Item) -> list[Chunk]:
+    if type(item) is bytes:
+        return [orjson.loads(item[6:-2])]
+    if isinstance(item, Run):
+        # JSON has no raw line break, so a blank line only stands between events.
+        return [orjson.loads(event[6:]) for event in item.split(b"\n\n")[:-1]]
+    return [item]  # type: ignore[list-item]
+
+
 def sse_events(items: Iterable[Item]) -> bytes:
     """`data: {json}`, blank line, for each chunk (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
     dumps = orjson.dumps
-    return b"".join([item if type(item) is bytes else b"data: %b\n\n" % dumps(item) for item in items])
+    return b"".join([item if isinstance(item, bytes) else b"data: %b\n\n" % dumps(item) for item in items])
 
 
 Receive = Callable[[Batch], None]

@@ -197,7 +197,7 @@ class Source:
             self._response.close()
         if not chunks:
             return None
-        self.trailer.chunks += len(chunks)
+        self.trailer.chunks = decoder.stream.sent
         return Batch(chunks, final=decoder.ended)
 
     def _check_idle(self) -> None:

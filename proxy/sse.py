@@ -37,6 +37,11 @@ class Framer:
         self._at_start = True
         self.overflow = False
 
+    @property
+    def between(self) -> bool:
+        """The next byte begins a new event: nothing of an earlier one is kept."""
+        return not (self._parts or self._after_cr or self._at_start or self.overflow)
+
     def feed(self, data: bytes) -> list[bytes]:
         """The events that `data` completes, in order; comments and empty events are left out."""
         if self._after_cr and data[:1] == b"\n":

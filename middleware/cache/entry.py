@@ -115,8 +115,8 @@ def _finish_size(batch: Batch) -> int:
     """How many bytes the finish chunks at the end of a final batch take; content may stand before them."""
     size = 0
     for item in reversed(batch.items):
-        chunk = orjson.loads(item[6:-2]) if isinstance(item, bytes) else item
-        if not any(choice.get("finish_reason") for choice in chunk["choices"]):
+        # Finish chunks are made last of all; what came encoded already is content.
+        if isinstance(item, bytes) or not any(choice.get("finish_reason") for choice in item["choices"]):
             break
         size += len(sse_events([item]))
     return size

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.reply import Item, sse_events
+from proxy.reply import Batch, Item, Run, sse_events
 from proxy.wire.openai import Decoder
 from proxy.wire.openai.template import LESSONS, Template
 from tests.support.decoding import make_call, make_target
@@ -30,6 +30,9 @@ class NeverFills(Template):
     """A template that recognizes nothing."""
 
     def fill(self, payload: bytes) -> bytes | None:
+        return None
+
+    def run(self, data: bytes) -> tuple[Run, int, bytes] | None:
         return None
 
 
@@ -212,3 +215,53 @@ def test_any_stream_of_text_gives_the_chunks_of_the_long_way(first: list[bytes],
 def test_any_bytes_in_the_place_of_the_text_give_what_the_long_way_gives(raw: bytes) -> None:
     raw = raw.replace(b"\n", b"").replace(b"\r", b"")
     both(text("a"), text("b"), HEAD.encode() + b'"' + raw + b'"' + TAIL.encode(), text("c"))
+
+
+def at_once(*payloads: bytes, rest: bytes = b"") -> list[Item]:
+    """Decode all events in one read, and one by one the long way; they agree. Returns what the one read gave."""
+    fast, long = decoder(), decoder(NeverFills())
+    read = b"".join(b"data: " + payload + b"\n\n" for payload in payloads) + rest
+    ours, theirs = fast.feed(read), [item for payload in payloads for item in long.feed(b"data: " + payload + b"\n\n")]
+    theirs += long.feed(rest)
+    assert semantic(ours) == semantic(theirs)
+    assert fast.stream.sent == long.stream.sent
+    assert repr(fast.fault) == repr(long.fault)
+    last, reference = fast.close(), long.close()
+    assert semantic(last) == semantic(reference)
+    assert repr(fast.fault) == repr(long.fault)
+    return ours
+
+
+def runs(items: list[Item]) -> int:
+    return sum(isinstance(item, Run) for item in items)
+
+
+def test_many_text_chunks_of_one_read_are_rewritten_in_one_piece() -> None:
+    found = at_once(*(text(f"word {number}") for number in range(50)))
+    assert runs(found) == 1
+    assert len(found) < 6
+
+
+def test_a_batch_takes_a_run_apart_for_those_who_look() -> None:
+    found = at_once(*(text(f"word {number}") for number in range(50)))
+    assert [chunk["choices"][0]["delta"]["content"] for chunk in Batch(found).chunks] == [f"word {n}" for n in range(50)]
+
+
+FINISH = HEAD.replace('"content":', '"x":') + '""' + TAIL.replace("null", '"stop"')
+pieces = st.one_of(
+    st.text(max_size=6).map(text),
+    st.text(max_size=6).map(lambda content: text(content, ascii=True)),
+    st.sampled_from([
+        
+        text("other", tail='},"finish_reason":null,"logprobs":null}]}'), text("", HEAD), text('"quoted" \\ \n'), b"not json", b"[]",
+        text("a").replace(b'"a"', b'"\xff"'), text("a").replace(b'"a"', b'"\\"'), text("a").replace(b'"a"', b'"\\u00e9"'),
+        text("a").replace(b'"a"', b'"a\n\n"'), text("a").replace(b'"a"', b'"\xc3'), b'\xa9"' + TAIL.encode(), FINISH.encode(),
+    ]),
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(pieces, max_size=12), st.binary(max_size=5))
+def test_one_read_gives_what_the_same_events_give_one_by_one(between: list[bytes], rest: bytes) -> None:
+    """Whatever stands among the text chunks, and whatever half an event ends the read."""
+    at_once(text("one"), text("two"), text("three"), *between, text("last"), rest=rest)

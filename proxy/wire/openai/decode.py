@@ -35,6 +35,16 @@ TOOL_FIELDS = frozenset({"index", "id", "type", "function", "custom"})
 EMPTY: tuple[object, ...] = (None, "", [], {})
 
 
+def _third_event(data: bytes) -> int:
+    """Where the third event of a read ends, if more follows; 0 where it is not so."""
+    at = -2
+    for _ in range(3):
+        at = data.find(b"\n\n", at + 2)
+        if at < 0:
+            return 0
+    return at + 2 if at + 2 < len(data) else 0
+
+
 class Decoder(SseDecoder):
     """`chat.completion.chunk` and `text_completion` streams; end: `[DONE]`, or a clean HTTP end after the finish reasons."""
 
@@ -50,9 +60,27 @@ class Decoder(SseDecoder):
         self._template = Template()
 
     def feed(self, data: bytes) -> list[Item]:
-        """As in SseDecoder; the loop is written out here because it runs once per token."""
+        """As in SseDecoder. Where a read holds many events, the first ones teach the template and the rest is spliced at once."""
         if self.over():
             return []
+        template = self._template
+        if template.least == 0 and template.teachable and (cut := _third_event(data)):
+            self._events(data[:cut])
+            data = data[cut:]
+        if template.least and not self._waiting and self.framer.between:
+            if data.find(b"\n\n") == len(data) - 2:
+                if data[:6] == b"data: " and (event := template.fill(data[6:-2])) is not None:
+                    self.stream.put_event(event)
+                    return self.stream.take()
+            elif (found := template.run(data)) is not None:
+                run, count, data = found
+                self.stream.put_run(run, count)
+        if data and not self.over():
+            self._events(data)
+        return self.taken()
+
+    def _events(self, data: bytes) -> None:
+        """Event by event; the loop is written out here because it runs once per token."""
         template, put_event = self._template, self.stream.put_event
         for payload in self.framer.feed(data):
             if not self._waiting and type(payload) is bytes and (event := template.fill(payload)) is not None:
@@ -60,7 +88,7 @@ class Decoder(SseDecoder):
                 continue
             if payload == b"[DONE]":
                 self._done()
-                return self.stream.take()
+                return
             try:
                 chunk = orjson.loads(payload)
             except orjson.JSONDecodeError:
@@ -75,8 +103,7 @@ class Decoder(SseDecoder):
                 else:
                     self._payload(payload)
             if self.over():
-                return self.stream.take()
-        return self.taken()
+                return
 
     def _plain(self, chunk: Json) -> bool:
         """A text delta of a choice that has begun, with nothing else to see to: stamp it and send it on as it is."""

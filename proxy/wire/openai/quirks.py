@@ -98,7 +98,8 @@ def usage_of(chunk: Json) -> Json | None:
     """Where vendors put usage: top level, Groq in `x_groq`, Moonshot in the choice."""
     found = chunk.get("usage") or (chunk.get("x_groq") or {}).get("usage")
     if not found:
-        found = next((choice["usage"] for choice in chunk.get("choices") or () if choice.get("usage")), None)
+        for choice in chunk.get("choices") or ():
+            found = found or choice.get("usage")
     return found if isinstance(found, dict) else None
 
 
@@ -125,7 +126,10 @@ def reasoning_of(delta: Json) -> str:
     text = delta.get("reasoning_content") or delta.get("reasoning")
     if isinstance(text, str) and text:
         return text
-    entries = [entry for entry in delta.get("reasoning_details") or () if isinstance(entry, dict)]
+    details = delta.get("reasoning_details")
+    if not details:
+        return ""
+    entries = [entry for entry in details if isinstance(entry, dict)]
     return "".join(entry.get("text") or entry.get("summary") or "" for entry in entries)
 
 

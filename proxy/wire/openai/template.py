@@ -2,45 +2,72 @@
 
 Strategy: vendors build these chunks from a template, so after one was decoded the long way, what stands before and after its text
 is known, in the provider's bytes and in ours. A payload that begins and ends with the same bytes and has nothing between but
-printable text without quotes and backslashes is that chunk with another text: JSON leaves no other reading.
+the inside of a JSON string is that chunk with another text: JSON leaves no other reading. Where one read brings many of them,
+what stands between two texts is the same each time too, and one split and one join rewrite them all.
 The one rule: anything else, and any doubt, goes the long way.
-
-Measured on 100 chunks in one read: 0.7 us per chunk instead of 1.7 (decode and encode).
 """
 
 from __future__ import annotations
 
+import re
+
 import orjson
 
-from proxy.reply import Chunk
+from proxy.reply import Chunk, Run
 
 MARK = b'"content":"'
 SPACED_MARK = b'"content": "'
 LESSONS = 4
+# The inside of a JSON string, in the one spelling in which it is written again: no needless escapes.
+TEXT = re.compile(rb'[^"\\\x00-\x1f]*(?:\\["\\bfnrt][^"\\\x00-\x1f]*)*')
 
 
 class Template:
     """What surrounds the text of a stream's text chunks. Learning is tried a few times: some vendors put a clock in."""
 
-    __slots__ = ("_lessons", "after", "before", "head", "least", "tail")
+    __slots__ = ("_before", "_lessons", "_ours", "_theirs", "after", "before", "head", "least", "tail")
 
     def __init__(self) -> None:
         self._lessons = LESSONS
         self.least = 0
         self.before = self.after = self.head = self.tail = b""
+        self._before = self._theirs = self._ours = b""
+
+    @property
+    def teachable(self) -> bool:
+        """Lessons are left."""
+        return self._lessons > 0
 
     def fill(self, payload: bytes) -> bytes | None:
         """The event for a payload of this template, or None."""
         if not self.least or len(payload) <= self.least or not (payload.startswith(self.before) and payload.endswith(self.after)):
             return None
         text = payload[len(self.before) : len(payload) - len(self.after)]
-        try:
-            readable = text.decode()
-        except UnicodeDecodeError:
+        return b"%b%b%b" % (self.head, text, self.tail) if _plain(text) else None
+
+    def run(self, data: bytes) -> tuple[Run, int, bytes] | None:
+        """The events that `data` begins with and that are of this template, rewritten; their number; what follows them.
+
+        data: begins with an event. None is looked at singly: cut to their texts, they must give the same bytes when put together
+        again (0.3 us per chunk of a read of a hundred, one by one 1.0).
+        """
+        before, after = self._before, self.after
+        if not data.startswith(before):
             return None
-        if '"' in readable or "\\" in readable or not readable.isprintable():
-            return None
-        return b"%b%b%b" % (self.head, text, self.tail)
+        events = data.split(b"\n\n")
+        events.pop()
+        while events and not (events[-1].endswith(after) and events[-1].startswith(before)):
+            events.pop()
+        start, stop = len(before), -len(after)
+        texts = [event[start:stop] for event in events]
+        together = b"%b%b%b\n\n" % (before, self._theirs.join(texts), after)
+        # A blank cannot complete half a character, nor be what a backslash escapes: if the joined texts are right, each one is.
+        if b"" in texts or not data.startswith(together) or not _plain(b" ".join(texts)):
+            good = next((number for number, event in enumerate(events) if self.fill(event[6:]) is None), len(events))
+            if not good:
+                return None
+            texts, together = texts[:good], b"%b%b%b\n\n" % (before, self._theirs.join(texts[:good]), after)
+        return Run(self.head + self._ours.join(texts) + self.tail), len(texts), data[len(together) :]
 
     def learn(self, payload: bytes, chunk: Chunk) -> None:
         """Take a text chunk as the template. payload: the provider's bytes; chunk: the same, decoded and stamped."""
@@ -54,6 +81,20 @@ class Template:
         self.before, self.after = theirs
         self.head, self.tail = ours
         self.least = len(self.before) + len(self.after)
+        self._before = b"data: " + self.before
+        self._theirs = b"%b\n\ndata: %b" % (self.after, self.before)
+        self._ours = self.tail + self.head
+
+
+def _plain(text: bytes) -> bool:
+    """Is this the inside of a JSON string, not empty, in UTF-8, without needless escapes?"""
+    if not text or TEXT.fullmatch(text) is None:
+        return False
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _around(payload: bytes, text: bytes) -> tuple[bytes, bytes] | None:
