@@ -252,10 +252,10 @@ pieces = st.one_of(
     st.text(max_size=6).map(text),
     st.text(max_size=6).map(lambda content: text(content, ascii=True)),
     st.sampled_from([
-        
-        text("other", tail='},"finish_reason":null,"logprobs":null}]}'), text("", HEAD), text('"quoted" \\ \n'), b"not json", b"[]",
+        text("other", tail='},"finish_reason":null,"logprobs":null}]}'), text("", HEAD), text('"quoted" \\ \n'),
+        b"not json", b"[]", FINISH.encode(),
         text("a").replace(b'"a"', b'"\xff"'), text("a").replace(b'"a"', b'"\\"'), text("a").replace(b'"a"', b'"\\u00e9"'),
-        text("a").replace(b'"a"', b'"a\n\n"'), text("a").replace(b'"a"', b'"\xc3'), b'\xa9"' + TAIL.encode(), FINISH.encode(),
+        text("a").replace(b'"a"', b'"a\n\n"'), text("a").replace(b'"a"', b'"\xc3'), b'\xa9"' + TAIL.encode(),
     ]),
 )  # fmt: skip
 
