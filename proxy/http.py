@@ -65,6 +65,13 @@ class Request:
         self._parts.clear()
         return self
 
+    def at_hand(self, limit: int) -> bytes | None:
+        """The body where it is all here already, and not too large; else None."""
+        if self.missing or self.length > limit:
+            return None
+        parts = self._parts
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
     async def body(self, limit: int, seconds: float) -> bytes:
         """The body, at most `limit` bytes (413), within `seconds` (408)."""
         if self.length > limit:
@@ -77,8 +84,7 @@ class Request:
                     await self._waiter
             except TimeoutError:
                 raise too_slow(seconds) from None
-        parts = self._parts
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return b"".join(self._parts)
 
 
 def too_large(limit: int) -> Refused:

@@ -212,12 +212,14 @@ class Edge:
         try:
             started = time.perf_counter()
             check_json(headers)
-            raw = await self._unless_ended(self._body(request))
+            raw = request.at_hand(self._settings.max_body)
+            if raw is None:
+                raw = await self._unless_ended(self._body(request))
             body = parse_json(raw, self._settings.defaults.max_depth)
             face.check(body)
             call = admit(body, face.KIND, headers, self._directory, self._settings.defaults, identity, principal, self._readers)
             try:
-                reply = await self._unless_ended(self._in_time(call))
+                reply = await self._unless_ended(self._handler(call) if call.deadline is None else self._in_time(call))
                 relay = self._active[task] = Relay(request.delivery, call, reply, face, self._settings.write_timeout)
                 await relay.run(head_headers(call, reply.head, time.perf_counter() - started))
                 return None
@@ -231,8 +233,7 @@ class Edge:
     async def _in_time(self, call: Call) -> Reply:
         """The pipeline's reply, before the call's deadline."""
         task = asyncio.current_task()
-        if call.deadline is None or task is None:
-            return await self._handler(call)
+        assert task is not None and call.deadline is not None
         # The cancellation says why, so that whoever it passes through on its way does not take it for the client's leaving.
         timer = asyncio.get_running_loop().call_at(call.deadline, task.cancel, Outcome.TIMEOUT_TOTAL)
         try:

@@ -78,6 +78,7 @@ class _Read(Request):
         delivery = Delivery(_Written(request), chunked=modern, bodiless=request.method == "HEAD", close=not request.keep_alive)
         super().__init__(request.method, "", request.headers, delivery, request.content_length or 0)
         self.path, self._query = request.path, request.query_string
+        self.missing = self.length or 1  # it may have a body of unknown length; `body` finds out
         self._request = request
 
     async def body(self, limit: int, seconds: float) -> bytes:

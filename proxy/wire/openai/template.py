@@ -49,12 +49,13 @@ class Template:
         """The events that `data` begins with and that are of this template, rewritten; their number; what follows them.
 
         data: begins with an event. None is looked at singly: cut to their texts, they must give the same bytes when put together
-        again (0.3 us per chunk of a read of a hundred, one by one 1.0).
+        again, which also proves the blank lines (0.25 us per chunk of a read of a hundred, one by one 1.0; a split at one byte
+        takes half as long as a split at two).
         """
         before, after = self._before, self.after
         if not data.startswith(before):
             return None
-        events = data.split(b"\n\n")
+        events = data.split(b"\n")[::2]
         events.pop()
         while events and not (events[-1].endswith(after) and events[-1].startswith(before)):
             events.pop()
@@ -67,6 +68,8 @@ class Template:
             if not good:
                 return None
             texts, together = texts[:good], b"%b%b%b\n\n" % (before, self._theirs.join(texts[:good]), after)
+            if not data.startswith(together):
+                return None
         return Run(self.head + self._ours.join(texts) + self.tail), len(texts), data[len(together) :]
 
     def learn(self, payload: bytes, chunk: Chunk) -> None:
