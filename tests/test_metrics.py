@@ -146,6 +146,20 @@ class TestExactlyOnce:
         got.trailer.end(outcome, error)
         assert total(await scraped(made), "penstock_requests_total", status=str(status), outcome=outcome.value) == 1
 
+    @pytest.mark.parametrize("streamed", [True, False])
+    @pytest.mark.parametrize("outcome", list(Outcome))
+    async def test_each_of_a_hundred_replies_counts_once_whatever_its_outcome(self, outcome: Outcome, streamed: bool) -> None:
+        made = Metrics()
+        for number in range(100):
+            got = await run(made, replace(asked(), stream=streamed), reply())
+            assert got is not None
+            got.trailer.end(outcome)
+            if number in (0, 50):
+                assert total(await scraped(made), "penstock_requests_total", outcome=outcome.value) == number + 1
+        series = await scraped(made)
+        for name in ("penstock_requests_total", "penstock_request_duration_seconds_count", "penstock_unpriced_requests_total"):
+            assert total(series, name) == 100, name
+
     async def test_a_deadline_of_the_edges_is_no_departure(self) -> None:
         made = Metrics()
         for words in ((Outcome.TIMEOUT_TOTAL,), ()):

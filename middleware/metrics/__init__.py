@@ -17,6 +17,7 @@ from middleware.metrics.families import Families
 from middleware.metrics.labels import OTHER, Labels
 from middleware.metrics.prices import Price, Prices, count, counted
 from middleware.metrics.samples import gather, page
+from middleware.metrics.series import Index, Series
 from proxy.call import Call, Provider
 from proxy.errors import STATUSES, GatewayError, Outcome, why_cancelled
 from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query, Surroundings
@@ -27,9 +28,6 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Nobody outside was asked, so neither a provider's time nor its tokens.
 NOT_ASKED = frozenset({Outcome.REFUSED, Outcome.LIMITED, Outcome.BLOCKED})
 REPLAYED = frozenset({"hit", "joined"})
-# OpenTelemetry's words for what was asked.
-OPERATIONS = {"chat": "chat", "completions": "text_completion", "embeddings": "embeddings"}
-# What a client that had already left would have been told; 499 is nginx's.
 
 
 class Metrics:
@@ -50,7 +48,7 @@ class Metrics:
     ) -> None:
         self.families = Families()
         self._prices = Prices(prices or {})
-        self._labels = Labels(max_names, max_models, max_sets)
+        self._series = Index(self.families, Labels(max_names, max_models, max_sets))
         self._clock = _clock
         self._layers: Sequence[Middleware] = ()
         self._gauges: Mapping[str, Callable[[], float]] = {}
@@ -61,7 +59,7 @@ class Metrics:
         self._gauges = surroundings.gauges
 
     async def _scrape(self, query: Query) -> Answer:
-        return Answer(await page(self.families.registry, gather(self._layers, self._gauges)), content_type=CONTENT_TYPE)
+        return Answer(await page(self.families, gather(self._layers, self._gauges)), content_type=CONTENT_TYPE)
 
     def refused(self, error: GatewayError) -> None:
         """A request that the edge turned away before there was a call; who asked is not known."""
@@ -81,80 +79,57 @@ class Metrics:
         except Exception:
             self._failed(call, started, Outcome.GATEWAY_ERROR, 500)
             raise
-        if streamed(call):
+        stream = streamed(call)
+        if stream:
             self.families.open_streams.inc()
-        reply.trailer.on_end(partial(self._ended, call, reply.head, started, self._clock() - started))
+        reply.trailer.on_end(partial(self._ended, call, reply.head, stream, started, self._clock() - started))
         return reply
 
     def _failed(self, call: Call, started: float, outcome: Outcome, status: int, error: GatewayError | None = None) -> None:
         """Before the head."""
         tried = error.tries[-1].target if error is not None and error.tries else None
         target = tried or (str(call.target or call.targets[0]) if call.target or call.targets else OTHER)
-        self._count(call, target, outcome, status, "", self._clock() - started, answered=False, asked=outcome not in NOT_ASKED)
+        series = self._series(call, target, outcome, status, "", answered=False)
+        _count(series, self._clock() - started, asked=outcome not in NOT_ASKED)
 
-    def _count(
-        self, call: Call, target: str, outcome: Outcome, status: int, cache: str, seconds: float, *, answered: bool, asked: bool
-    ) -> tuple[str, str, tuple[str, str, str, str], tuple[str, str, str]]:
-        """The request and its duration. Returns (route, target, labels of the counters, labels of the operation)."""
-        families, labels = self.families, self._labels
-        route, label = labels.route(call), labels.target(call, target, answered=answered)
-        who = labels.asked(call, route, label)
-        provider, _, model = label.partition("/")
-        operation = (OPERATIONS[call.kind], provider, model or OTHER)
-        families.requests(*who, str(status), outcome.value).inc()
-        families.request(route, cache).observe(seconds)
-        if asked:
-            error_type = "" if outcome is Outcome.COMPLETED else outcome.value
-            families.duration(*operation, error_type).observe(seconds)
-        return route, label, who, operation
-
-    def _ended(self, call: Call, head: Head, started: float, first: float, trailer: Trailer) -> None:
-        families, stream = self.families, streamed(call)
+    def _ended(self, call: Call, head: Head, stream: bool, started: float, first: float, trailer: Trailer) -> None:
+        """stream: does the client get one? started: by the clock. first: seconds until the head."""
         if stream:
-            families.open_streams.dec()
+            self.families.open_streams.inc(-1)
         outcome = trailer.outcome or Outcome.GATEWAY_ERROR
         asked = head.cache not in REPLAYED
         status = 200 if stream else trailer.error.status if trailer.error else STATUSES.get(outcome, 500)
-        route, target, who, operation = self._count(
-            call, head.target, outcome, status, head.cache or "", self._clock() - started, answered=True, asked=asked
-        )
-        if stream:
-            families.gap(*who[:2]).observe(trailer.longest_gap)
-            if trailer.stalls:
-                families.stalls(*who[:2]).inc(trailer.stalls)
+        series = self._series(call, head.target, outcome, status, head.cache or "", answered=True)
+        _count(series, self._clock() - started, asked=asked)
         if not head.tries:
-            families.overhead(route).observe(max(0.0, first - head.upstream_seconds))
+            series.overhead.observe(max(0.0, first - head.upstream_seconds))
+        if stream:
+            _streamed(series, trailer, first if asked else None)
         if asked:
-            if stream:
-                families.first_chunk(*operation).observe(first)
-            self._used(head.target, target, who, operation, trailer.usage, _provider(call, head.target))
+            self._used(series, call, head.target, trailer.usage)
 
-    def _used(
-        self,
-        target: str,
-        label: str,
-        who: tuple[str, str, str, str],
-        operation: tuple[str, str, str],
-        usage: dict[str, Any] | None,
-        provider: Provider | None,
-    ) -> None:
+    def _used(self, series: Series, call: Call, target: str, usage: dict[str, Any] | None) -> None:
         """Tokens and cost of what a provider was really asked."""
-        families = self.families
         if usage is None:
-            families.unpriced(label, "no_usage").inc()
+            series.no_usage.inc()
             return
         prompt, completion, cached, _ = tokens = counted(usage)
         reasoning = count(usage.get("completion_tokens_details"), "reasoning_tokens")
-        for kind, number in (("input", prompt), ("output", completion), ("cached", cached), ("reasoning", reasoning)):
-            if number:
-                families.tokens(*who, kind).inc(number)
-        families.usage(*operation, "input").observe(prompt)
-        families.usage(*operation, "output").observe(completion)
-        cost = self._prices.cost(target, tokens, provider)
+        if prompt:
+            series.input.inc(prompt)
+        if completion:
+            series.output.inc(completion)
+        if cached:
+            series.cached.inc(cached)
+        if reasoning:
+            series.reasoning.inc(reasoning)
+        series.usage_input.observe(prompt)
+        series.usage_output.observe(completion)
+        cost = self._prices.cost(target, tokens, _provider(call, target))
         if cost is None:
-            families.unpriced(label, "no_price").inc()
+            series.no_price.inc()
         else:
-            families.cost(*who).inc(max(0.0, cost))
+            series.cost.inc(max(0.0, cost))
 
 
 def streamed(call: Call) -> bool:
@@ -162,6 +137,25 @@ def streamed(call: Call) -> bool:
     return call.stream and call.kind != "embeddings"
 
 
+def _count(series: Series, seconds: float, *, asked: bool) -> None:
+    series.requests.inc()
+    series.request.observe(seconds)
+    if asked:
+        series.duration.observe(seconds)
+
+
+def _streamed(series: Series, trailer: Trailer, first: float | None) -> None:
+    """first: seconds until a provider's first chunk, None where none was asked."""
+    series.gap.observe(trailer.longest_gap)
+    if trailer.stalls:
+        series.stalls.inc(trailer.stalls)
+    if first is not None:
+        series.first_chunk.observe(first)
+
+
 def _provider(call: Call, target: str) -> Provider | None:
     """The row of the provider that answered, where the call knows it."""
-    return next((one.provider for one in call.targets if target.startswith(f"{one.provider.name}/")), None)
+    for one in call.targets:
+        if target.startswith(f"{one.provider.name}/"):
+            return one.provider
+    return None

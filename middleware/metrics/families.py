@@ -1,21 +1,30 @@
-"""Every metric that the gateway counts itself: one table of names, labels and buckets, and their children kept by label values.
+"""Every metric that the gateway counts itself: one table of names, labels and buckets, and how a scrape gets to see the figures.
 
-Strategy: `TABLE` is what docs/metrics.md describes. `gen_ai_*` are OpenTelemetry's names as dashboards know them (seconds and
+Strategy: `TABLE` is what docs/metrics.md describes. The figures are our own (tallies.py); prometheus_client is given them through
+its interface for that, a collector, and writes them. `gen_ai_*` are OpenTelemetry's names as dashboards know them (seconds and
 underscores as its Prometheus exporter writes them); what OpenTelemetry has no name for is `penstock_*`.
 The one rule: key and name label counters only, never a histogram, which would multiply them by its buckets.
 
 https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/ · https://prometheus.io/docs/practices/naming/
+https://prometheus.github.io/client_python/collector/custom/
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from math import inf
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import ProcessCollector
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
+from middleware.metrics.tallies import Figure, Histogram, Tallies, Values
 from proxy import __version__
 
 # A stream's first chunk: from a local model's 10 ms to a reasoning model's two minutes.
@@ -27,6 +36,7 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304)
 
 OPERATION = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 ASKED = ("route", "target", "key", "name")
+PIECE = 100  # lines that are written in one go: about a millisecond
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,40 +77,47 @@ TABLE: Mapping[str, Row] = {
 }
 
 
-class Children:
-    """The children of one metric: `labels()` is called once for each set of values, then a dict finds them."""
-
-    __slots__ = ("_children", "_family")
-
-    def __init__(self, family: Any) -> None:
-        self._family = family
-        self._children: dict[tuple[str, ...], Any] = {}
-
-    def __call__(self, *values: str) -> Any:
-        """The child, with `inc(amount)` or `observe(value)`."""
-        child = self._children.get(values)
-        if child is None:
-            child = self._children[values] = self._family.labels(*values)
-        return child
-
-
-class Families:
-    """All metrics of one gateway, in a registry of its own: several gateways may live in one process."""
+class Families(Collector):
+    """The tallies of one gateway (several may live in one process), each called with label values in the table's order."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        made = {key: _made(row, self.registry) for key, row in TABLE.items()}
-        self.open_streams: Gauge = made.pop("open")
-        made.pop("build").labels(__version__, platform.python_version()).set(1)
-        found = {key: Children(family) for key, family in made.items()}
-        self.requests, self.tokens, self.cost, self.unpriced = (found[key] for key in ("requests", "tokens", "cost", "unpriced"))
-        self.stalls, self.gap, self.request, self.overhead = (found[key] for key in ("stalls", "gap", "request", "overhead"))
-        self.duration, self.first_chunk, self.usage = (found[key] for key in ("duration", "first_chunk", "usage"))
-        ProcessCollector(registry=self.registry)
+        figures = {key: Tallies(Figure) for key, row in TABLE.items() if not row.buckets}
+        histograms = {key: Tallies(partial(Histogram, row.buckets)) for key, row in TABLE.items() if row.buckets}
+        self.requests, self.tokens, self.cost = figures["requests"], figures["tokens"], figures["cost"]
+        self.unpriced, self.stalls = figures["unpriced"], figures["stalls"]
+        self.gap, self.request, self.overhead = histograms["gap"], histograms["request"], histograms["overhead"]
+        self.duration, self.first_chunk, self.usage = histograms["duration"], histograms["first_chunk"], histograms["usage"]
+        self.open_streams = figures["open"]()
+        figures["build"](__version__, platform.python_version()).inc()
+        self._tallies: dict[str, Tallies[Any]] = {**figures, **histograms}
+        self._process = ProcessCollector(registry=None)
+
+    def collect(self) -> Iterator[Metric]:
+        """All figures as they are at one moment, that of the first step, and the process' own. A metric of many series comes as
+        several of its name, of about `PIECE` lines each, so that whoever writes them can let others run in between.
+        """
+        now = [(row, self._tallies[key].read()) for key, row in TABLE.items()]
+        for row, series in now:
+            step = max(1, PIECE // (len(row.buckets) + 3)) if row.buckets else PIECE
+            for start in range(0, len(series) or 1, step):
+                yield _metric(row, series[start : start + step])
+        yield from self._process.collect()
 
 
-def _made(row: Row, registry: CollectorRegistry) -> Any:
+def _metric(row: Row, series: Sequence[tuple[Values, Any]]) -> Metric:
     if row.buckets:
-        return Histogram(row.name, row.help, row.labels, registry=registry, buckets=row.buckets)
-    kind = Counter if row.name.endswith("_total") else Gauge
-    return kind(row.name, row.help, row.labels, registry=registry)
+        return _histogram(row, series)
+    kind = CounterMetricFamily if row.name.endswith("_total") else GaugeMetricFamily
+    metric = kind(row.name, row.help, labels=row.labels)
+    for values, value in series:
+        metric.add_metric(values, value)
+    return metric
+
+
+def _histogram(row: Row, series: Sequence[tuple[Values, tuple[Sequence[int], float]]]) -> Metric:
+    """Prometheus' buckets count all that is at most their bound, so each holds those before it too."""
+    metric = HistogramMetricFamily(row.name, row.help, labels=row.labels)
+    bounds = [str(floatToGoString(bound)) for bound in (*row.buckets, inf)]  # type: ignore[no-untyped-call]
+    for values, (counts, total) in series:
+        metric.add_metric(values, list(zip(bounds, accumulate(counts), strict=True)), total)
+    return metric

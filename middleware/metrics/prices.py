@@ -22,6 +22,7 @@ from proxy.call import Provider
 Json = dict[str, Any]
 Tokens = tuple[int, int, int, int]  # input (cache reads and writes included), output, read from a cache, written to one
 MILLION = 1_000_000
+HOUR = 3600
 KEPT = 1024
 
 
@@ -67,6 +68,8 @@ def counted(usage: Json) -> Tokens:
     """What OpenAI's usage object says; what is no number counts as 0, cached and written are at most the input."""
     details = usage.get("prompt_tokens_details")
     prompt, completion = count(usage, "prompt_tokens"), count(usage, "completion_tokens")
+    if not details:
+        return prompt, completion, 0, 0
     cached = min(prompt, count(details, "cached_tokens"))
     written = min(prompt - cached, count(details, "cache_write_tokens") or count(details, "cache_creation_tokens"))
     return prompt, completion, cached, written
@@ -88,7 +91,7 @@ class Prices:
         self._own = {target: price.rates for target, price in prices.items()}
         self._usage, self._calc = Usage, calc_price
         self._now = now
-        self._hour = 0
+        self._hour = 0.0  # Unix seconds: when the one began in which `_known` holds
         self._known: dict[str, _Tiers | None] = {}
 
     def cost(self, target: str, tokens: Tokens, provider: Provider | None = None) -> float | None:
@@ -96,19 +99,17 @@ class Prices:
         more than its name."""
         if (rates := self._own.get(target)) is not None:
             return rates.cost(tokens)
-        hour = int(self._now() // 3600)
-        if hour != self._hour or len(self._known) >= KEPT:
-            self._hour = hour
+        if not 0 <= self._now() - self._hour < HOUR or len(self._known) >= KEPT:
+            self._hour = self._now() // HOUR * HOUR
             self._known.clear()
-        if target in self._known:
-            tiers = self._known[target]
-        else:
-            tiers = self._known[target] = self._tiers(target, provider)
+        if target not in self._known:
+            self._known[target] = self._tiers(target, provider)
+        tiers = self._known[target]
         return None if tiers is None else tiers.rates(tokens[0]).cost(tokens)
 
     def _tiers(self, target: str, provider: Provider | None) -> _Tiers | None:
         name, _, model = target.partition("/")
-        at = datetime.fromtimestamp(self._hour * 3600, UTC)
+        at = datetime.fromtimestamp(self._hour, UTC)
         places: list[Json] = [{"provider_api_url": provider.base_url}] if provider is not None else []
         for place in (*places, {"provider_id": name}):
             price = partial(self._price, model_ref=model, genai_request_timestamp=at, **place)
@@ -136,9 +137,10 @@ class _Tiers:
 
     def rates(self, prompt: int) -> Rates:
         tier = bisect_right(self._starts, prompt - 1)
-        if tier not in self._rates:
-            self._rates[tier] = self._probed(self._starts[tier - 1] + 1 if tier else 1)
-        return self._rates[tier]
+        rates = self._rates.get(tier)
+        if rates is None:
+            rates = self._rates[tier] = self._probed(self._starts[tier - 1] + 1 if tier else 1)
+        return rates
 
     def _probed(self, size: int) -> Rates:
         """size: a number of input tokens in the tier."""
