@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,16 @@ class TestExactlyOnce:
         series = await scraped(made)
         assert total(series, "penstock_requests_total", outcome="timeout_total", status="504") == 1
         assert total(series, "penstock_requests_total", outcome="client_gone", status="499") == 1
+
+    async def test_a_reply_that_has_ended_holds_on_to_neither_its_call_nor_its_error(self) -> None:
+        """Though its figures may wait for others: a prompt may have 32 MiB, and an error's traceback holds on to it."""
+        made, call, given, error = Metrics(), asked(), reply(), UpstreamError("x", status=502)
+        await run(made, call, given)
+        given.trailer.end(Outcome.UPSTREAM_CUT, error)
+        gone = weakref.ref(call), weakref.ref(error)
+        del call, given, error
+        assert [one() for one in gone] == [None, None]
+        assert total(await scraped(made), "penstock_requests_total", outcome="upstream_cut") == 1
 
     async def test_a_stream_is_open_until_it_ends_and_a_whole_reply_never_is(self) -> None:
         made = Metrics()

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 import middleware.metrics.series
 from middleware.metrics.families import PIECE, TABLE, Families, Row
 from middleware.metrics.labels import Labels
+from middleware.metrics.later import MOST, Later
 from middleware.metrics.samples import page
 from middleware.metrics.series import Index
 from proxy.call import Call, Principal, Route
@@ -186,3 +187,27 @@ class TestIndex:
         find = index()
         find(asked(), "openai/m", Outcome.COMPLETED, 200, "", answered=True).requests.inc()
         assert [len(found.read()) for found in (find._families.requests, find._families.cost, find._families.gap)] == [1, 0, 0]
+
+
+class TestLater:
+    @given(st.lists(st.one_of(st.none(), st.integers(1, 2 * MOST))))
+    def test_each_is_counted_once_and_in_its_order_and_never_do_many_wait(self, steps: list[int | None]) -> None:
+        """A number adds so many, None settles; every seventh fails."""
+        done: list[int] = []
+
+        def count(item: int) -> None:
+            done.append(item)
+            if item % 7 == 0:
+                raise ZeroDivisionError
+
+        later, added = Later(count), 0
+        for step in steps:
+            if step is None:
+                later.settle()
+                assert len(done) == added
+            for _ in range(step or 0):
+                added += 1
+                later.add(added)
+                assert 0 <= added - len(done) < MOST
+        later.settle()
+        assert done == list(range(1, added + 1))

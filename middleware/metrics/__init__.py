@@ -11,14 +11,15 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from middleware.metrics.families import Families
 from middleware.metrics.labels import OTHER, Labels
+from middleware.metrics.later import Later
 from middleware.metrics.prices import Price, Prices, count, counted
 from middleware.metrics.samples import gather, page
 from middleware.metrics.series import Index, Series
-from proxy.call import Call, Provider
+from proxy.call import Call, Provider, Target
 from proxy.errors import STATUSES, GatewayError, Outcome, why_cancelled
 from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query, Surroundings
 from proxy.reply import Head, Reply, Trailer
@@ -28,6 +29,26 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Nobody outside was asked, so neither a provider's time nor its tokens.
 NOT_ASKED = frozenset({Outcome.REFUSED, Outcome.LIMITED, Outcome.BLOCKED})
 REPLAYED = frozenset({"hit", "joined"})
+
+
+class End(NamedTuple):
+    """What is left to count of a reply that has ended: neither its call nor its error, which hold on to much.
+
+    asked: was a provider? stream: did the client get one? seconds: until the end; first: until the head; share: the gateway's own
+    of these, None where not the first attempt answered. target: which answered, one of the call's targets as a rule.
+    """
+
+    series: Series
+    asked: bool
+    stream: bool
+    seconds: float
+    first: float
+    share: float | None
+    longest_gap: float
+    stalls: int
+    usage: dict[str, Any] | None
+    target: str
+    targets: Sequence[Target]
 
 
 class Metrics:
@@ -50,6 +71,7 @@ class Metrics:
         self._prices = Prices(prices or {})
         self._series = Index(self.families, Labels(max_names, max_models, max_sets))
         self._clock = _clock
+        self._later = Later(self._settle)
         self._layers: Sequence[Middleware] = ()
         self._gauges: Mapping[str, Callable[[], float]] = {}
         self.endpoints = (Endpoint("GET", "/metrics", self._scrape, admin=True),)
@@ -59,6 +81,7 @@ class Metrics:
         self._gauges = surroundings.gauges
 
     async def _scrape(self, query: Query) -> Answer:
+        self._later.settle()
         return Answer(await page(self.families, gather(self._layers, self._gauges)), content_type=CONTENT_TYPE)
 
     def refused(self, error: GatewayError) -> None:
@@ -90,7 +113,7 @@ class Metrics:
         tried = error.tries[-1].target if error is not None and error.tries else None
         target = tried or (str(call.target or call.targets[0]) if call.target or call.targets else OTHER)
         series = self._series(call, target, outcome, status, "", answered=False)
-        _count(series, self._clock() - started, asked=outcome not in NOT_ASKED)
+        _count(series, self._clock() - started, outcome not in NOT_ASKED)
 
     def _ended(self, call: Call, head: Head, stream: bool, started: float, first: float, trailer: Trailer) -> None:
         """stream: does the client get one? started: by the clock. first: seconds until the head."""
@@ -100,16 +123,30 @@ class Metrics:
         asked = head.cache not in REPLAYED
         status = 200 if stream else trailer.error.status if trailer.error else STATUSES.get(outcome, 500)
         series = self._series(call, head.target, outcome, status, head.cache or "", answered=True)
-        _count(series, self._clock() - started, asked=asked)
-        if not head.tries:
-            series.overhead.observe(max(0.0, first - head.upstream_seconds))
-        if stream:
-            _streamed(series, trailer, first if asked else None)
-        if asked:
-            self._used(series, call, head.target, trailer.usage)
+        share = None if head.tries else first - head.upstream_seconds
+        self._later.add(
+            End(
+                series, asked, stream, self._clock() - started, first, share,
+                trailer.longest_gap, trailer.stalls, trailer.usage, head.target, call.targets,
+            )
+        )  # fmt: skip
 
-    def _used(self, series: Series, call: Call, target: str, usage: dict[str, Any] | None) -> None:
-        """Tokens and cost of what a provider was really asked."""
+    def _settle(self, end: End) -> None:
+        series = end.series
+        _count(series, end.seconds, end.asked)
+        if end.share is not None:
+            series.overhead.observe(max(0.0, end.share))
+        if end.stream:
+            series.gap.observe(end.longest_gap)
+            if end.stalls:
+                series.stalls.inc(end.stalls)
+        if end.asked:
+            if end.stream:
+                series.first_chunk.observe(end.first)
+            self._used(series, end.target, end.targets, end.usage)
+
+    def _used(self, series: Series, target: str, targets: Sequence[Target], usage: dict[str, Any] | None) -> None:
+        """Tokens and cost of what a provider was really asked. targets: of the call, among them the one that answered."""
         if usage is None:
             series.no_usage.inc()
             return
@@ -125,7 +162,7 @@ class Metrics:
             series.reasoning.inc(reasoning)
         series.usage_input.observe(prompt)
         series.usage_output.observe(completion)
-        cost = self._prices.cost(target, tokens, _provider(call, target))
+        cost = self._prices.cost(target, tokens, _provider(targets, target))
         if cost is None:
             series.no_price.inc()
         else:
@@ -137,25 +174,16 @@ def streamed(call: Call) -> bool:
     return call.stream and call.kind != "embeddings"
 
 
-def _count(series: Series, seconds: float, *, asked: bool) -> None:
+def _count(series: Series, seconds: float, asked: bool) -> None:
     series.requests.inc()
     series.request.observe(seconds)
     if asked:
         series.duration.observe(seconds)
 
 
-def _streamed(series: Series, trailer: Trailer, first: float | None) -> None:
-    """first: seconds until a provider's first chunk, None where none was asked."""
-    series.gap.observe(trailer.longest_gap)
-    if trailer.stalls:
-        series.stalls.inc(trailer.stalls)
-    if first is not None:
-        series.first_chunk.observe(first)
-
-
-def _provider(call: Call, target: str) -> Provider | None:
+def _provider(targets: Sequence[Target], target: str) -> Provider | None:
     """The row of the provider that answered, where the call knows it."""
-    for one in call.targets:
+    for one in targets:
         if target.startswith(f"{one.provider.name}/"):
             return one.provider
     return None
