@@ -16,6 +16,7 @@ from typing import Any
 
 from proxy import __version__
 from proxy.config import Config, ConfigError, json_schema, load, parse
+from proxy.wording import PER_WORKER
 
 # What the built-in config switches on of the middleware that is there; any of it may have been deleted.
 USUAL_MIDDLEWARE = ("tracking", "timeout")
@@ -73,6 +74,7 @@ def summary(config: Config) -> list[str]:
     enabled = [name for name, provider in config.providers.items() if provider.missing is None]
     return [
         f"listens on {config.server.host}:{config.server.port}",
+        *([f"workers: {config.server.workers}, {PER_WORKER}"] if config.server.workers > 1 else []),
         f"providers enabled: {_listed(enabled)}",
         *config.warnings,
         f"default provider: {config.default_provider or 'none'}",

@@ -11,9 +11,10 @@ import asyncio
 import contextlib
 import gc
 import signal
+import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 
 from aiohttp import web
@@ -23,26 +24,38 @@ from proxy.admission import Defaults
 from proxy.config import Config
 from proxy.demo import DemoTransport
 from proxy.exchange import SETTLE_SECONDS, Exchange
-from proxy.pipeline import Middleware, Surroundings, compose
+from proxy.pipeline import Answer, Endpoint, Middleware, Query, Surroundings, ask_one, compose
 from proxy.routing import Directory
 from proxy.server import Edge, ServerSettings
 from proxy.sockets import listen
 from proxy.transport import Transport
 from proxy.upstream import HttpTransport
 from proxy.wire import WIRES
+from proxy.wording import PER_WORKER
 
 
 class Gateway:
     """A gateway that serves between `async with` and its end. port: the one it listens on (the system's choice for port 0).
     admin_port: that of `server.admin_listen`, 0 where it is off.
 
-    settle: see Exchange. transports: replaces the transport of some wire formats (for tests).
+    settle: see Exchange. transports: replaces the transport of some wire formats (for tests). The rest is for one of several
+    workers: its number, its bound sockets (for the port, for the admin address), how endpoints are asked.
     """
 
     def __init__(
-        self, config: Config, *, settle: float = SETTLE_SECONDS, transports: Mapping[str, Transport] | None = None
+        self,
+        config: Config,
+        *,
+        settle: float = SETTLE_SECONDS,
+        transports: Mapping[str, Transport] | None = None,
+        worker: int = 0,
+        sockets: tuple[Sequence[socket.socket], Sequence[socket.socket]] | None = None,
+        ask: Callable[[Endpoint, Query], Awaitable[Answer]] = ask_one,
     ) -> None:
         self.config = config
+        self._worker = worker
+        self._sockets = sockets
+        self._ask = ask
         self.port = self.admin_port = 0
         self._settle = settle
         self._transports = transports or {}
@@ -57,7 +70,7 @@ class Gateway:
         self.layers: list[Middleware] = [spec.factory(**spec.options) for spec in config.middleware]
         handler = compose(self.layers, Exchange(WIRES, transports, settle=self._settle))
         directory = Directory(config.providers, config.routes, config.default_provider, int(time.time()))
-        self.edge = Edge(handler, directory, _settings(config, self.layers), self.layers)
+        self.edge = Edge(handler, directory, _settings(config, self.layers), self.layers, self._ask)
         gauges = {
             "upstream_connections": lambda: self.http.connections,
             "open_calls": lambda: self.edge.open_calls,
@@ -65,7 +78,7 @@ class Gateway:
         }
         for layer in self.layers:
             if hasattr(layer, "attach"):
-                layer.attach(Surroundings(self.layers, directory.route, gauges))
+                layer.attach(Surroundings(self.layers, directory.route, gauges, config.server.workers, self._worker))
             if hasattr(layer, "start"):
                 await layer.start()
         self._runner = web.ServerRunner(self.edge.server(), handle_signals=False, shutdown_timeout=0.1)
@@ -73,9 +86,9 @@ class Gateway:
         await self._runner.setup()
         await self._admin.setup()
         try:
-            self._sites, self.port = await _sites(self._runner, config.server.host, config.server.port)
-            if (admin := config.server.admin_address) is not None:
-                _, self.admin_port = await _sites(self._admin, *admin)
+            sockets, admin = self._sockets or bound(config)
+            self._sites, self.port = await _sites(self._runner, sockets)
+            _, self.admin_port = await _sites(self._admin, admin)
         except BaseException:
             await self._stop()
             raise
@@ -108,19 +121,34 @@ class Gateway:
         await self.http.close()
 
 
-async def _sites(runner: web.ServerRunner, host: str, port: int) -> tuple[list[web.SockSite], int]:
-    """Listens on every address of `host`; the sites and the last one's port. Raises OSError with the address as its filename."""
+def bound(config: Config) -> tuple[list[socket.socket], list[socket.socket]]:
+    """Sockets for the port and for the admin address, bound. Raises OSError with the address as its filename."""
+    server = config.server
+    found: list[list[socket.socket]] = []
+    for host, port in ((server.host, server.port), *([server.admin_address] if server.admin_address else ())):
+        try:
+            found.append(listen(host, port))
+        except OSError as error:
+            for sock in (sock for group in found for sock in group):
+                sock.close()
+            error.filename = f"{host}:{port}"
+            raise
+    return found[0], found[1] if found[1:] else []
+
+
+async def _sites(runner: web.ServerRunner, sockets: Sequence[socket.socket]) -> tuple[list[web.SockSite], int]:
+    """Listens; the sites and the last one's port. Raises OSError with the address as its filename."""
     sites: list[web.SockSite] = []
-    bound = port
-    try:
-        for sock in listen(host, port):
+    port = 0
+    for sock in sockets:
+        host, port = sock.getsockname()[:2]
+        try:
             sites.append(web.SockSite(runner, sock, backlog=4096))
             await sites[-1].start()
-            bound = sock.getsockname()[1]
-    except OSError as error:
-        error.filename = f"{host}:{port}"
-        raise
-    return sites, bound
+        except OSError as error:
+            error.filename = f"{host}:{port}"
+            raise
+    return sites, port
 
 
 def _settings(config: Config, layers: Sequence[Middleware]) -> ServerSettings:
@@ -138,15 +166,22 @@ def _settings(config: Config, layers: Sequence[Middleware]) -> ServerSettings:
 
 def run(config: Config) -> int:
     """Serve until Ctrl-C or SIGTERM, then drain. The exit status: 0, or 1 where the port cannot be listened on."""
+    if config.server.workers > 1:
+        from proxy.workers import supervise  # here, so that a single process does not load it
+
+        return supervise(config)
     logs.configure()
+    with event_loop() as runner:
+        return runner.run(_serve(config))
+
+
+def event_loop() -> asyncio.Runner:
+    """uvloop's, or asyncio's own where there is no wheel for this platform; it serves more slowly."""
     try:
         import uvloop
-    except ImportError:  # no wheel for this platform: asyncio's own loop serves, more slowly
-        runner = asyncio.Runner()
-    else:
-        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-    with runner:
-        return runner.run(_serve(config))
+    except ImportError:
+        return asyncio.Runner()
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
 
 async def _serve(config: Config) -> int:
@@ -156,10 +191,8 @@ async def _serve(config: Config) -> int:
         async with Gateway(config) as gateway:
             for name in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(name, stop.set)
-            # What was made at start lives to the end: collections need not look at it again (-5 % CPU on small requests).
-            gc.collect()
-            gc.freeze()
-            _greet(config, gateway.port)
+            settle_memory()
+            greet(config, gateway.port)
             await stop.wait()
             # A second signal does not wait for the streams.
             draining = asyncio.create_task(gateway.drain())
@@ -169,13 +202,25 @@ async def _serve(config: Config) -> int:
             with contextlib.suppress(asyncio.CancelledError):
                 await draining
     except OSError as error:
-        address = error.filename or f"{config.server.host}:{config.server.port}"
-        print(f"penstock: cannot listen on {address}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        return cannot_listen(config, error)
     return 0
 
 
-def _greet(config: Config, port: int) -> None:
+def settle_memory() -> None:
+    """What was made at start lives to the end: collections need not look at it again (-5 % CPU on small requests)."""
+    gc.collect()
+    gc.freeze()
+
+
+def cannot_listen(config: Config, error: OSError) -> int:
+    """Say so; the exit status."""
+    address = error.filename or f"{config.server.host}:{config.server.port}"
+    print(f"penstock: cannot listen on {address}: {error.strerror or error}", file=sys.stderr)
+    return 1
+
+
+def greet(config: Config, port: int) -> None:
+    """Say where the gateway serves, and how to try it."""
     host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
     base = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/v1"  # noqa: S104 - a comparison, nothing is bound
     disabled = [row.name for row in config.providers.values() if row.missing]
@@ -183,6 +228,8 @@ def _greet(config: Config, port: int) -> None:
         print(
             f"penstock: without a key, so disabled: {', '.join(disabled)} (penstock check names the variables)", file=sys.stderr
         )
+    if config.server.workers > 1:
+        print(f"penstock: {config.server.workers} workers, {PER_WORKER}", file=sys.stderr)
     print(f"penstock: serving {base}", file=sys.stderr)
     model = "demo/echo" if any(row.api == "demo" for row in config.providers.values()) else "provider/model"
     body = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello, Penstock"}}]}}'

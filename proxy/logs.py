@@ -15,6 +15,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
@@ -75,8 +76,12 @@ class _Straight(structlog.BoundLoggerBase):
         self._proxy_to_logger("error", event, **{"exc_info": True, **facts})
 
 
-def configure() -> None:
-    """Set up structlog, and the standard library's loggers (aiohttp, asyncio) beside it, both to stderr."""
+def configure() -> Callable[[], None]:
+    """Set up structlog, and the standard library's loggers (aiohttp, asyncio) beside it, both to stderr.
+
+    Returns what writes the lines that are still held, for a process whose end `atexit` does not see.
+    """
+    flush: Callable[[], None] = sys.stderr.flush
     if sys.stderr.isatty():
         human: list[Processor] = [structlog.processors.add_log_level, structlog.processors.TimeStamper("%H:%M:%S", utc=False)]
         structlog.configure(
@@ -86,11 +91,13 @@ def configure() -> None:
         )
     else:
         lines = Lines(sys.stderr.buffer)
+        flush = lines.flush
         machine: list[Processor] = [_stamp, structlog.processors.format_exc_info, _render]
         structlog.configure(machine, logger_factory=lambda *_: lines, wrapper_class=_Straight)
     # Without the cache every line would bind a new logger, which costs more than writing it.
     structlog.configure(cache_logger_on_first_use=True)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return flush
 
 
 def _stamp(logger: WrappedLogger, level: str, event: EventDict) -> EventDict:

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 from proxy.call import Call, Principal, Route
 from proxy.reply import Reply
 
 Handler = Callable[[Call], Awaitable[Reply]]
+Merge = Literal["sum", "each", "one"]
 
 
 class Middleware(Protocol):
@@ -36,6 +37,7 @@ class Middleware(Protocol):
         samples() -> Iterable[Sample]                  its figures, asked for when somebody scrapes
         health() -> dict                               its state, shown on /readyz?verbose
         attach(surroundings) -> None                   what is around it, once, before the first call
+        NEEDS_ONE_WORKER: str                          why it cannot be right in several processes; `penstock check` refuses then
         async start() -> None / async close() -> None  with the gateway's own start and end
     """
 
@@ -66,12 +68,23 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A path that a middleware serves. admin: only for principals with `admin`, or on server.admin_listen."""
+    """A path that a middleware serves. admin: only for principals with `admin`, or on server.admin_listen.
+
+    merge: whose answer it is where several workers run. `one`: that of the worker that was asked. `sum`: all are asked, and the
+    numbers of their JSON are added up. `each`: all are asked, and their JSON is listed. Where nothing is said: `each` for GET and
+    `sum` for the rest of the admin endpoints, else `one`. Prometheus' text at /metrics is added up series by series.
+    """
 
     method: str
     path: str
     handler: Callable[[Query], Awaitable[Answer]]
     admin: bool = False
+    merge: Merge | None = None
+
+
+async def ask_one(point: Endpoint, query: Query) -> Answer:
+    """The endpoint's answer in this process alone: how endpoints are asked where there is one worker."""
+    return await point.handler(query)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +104,19 @@ class Surroundings:
 
     layers: the whole onion, outermost first. route: where a model name leads; raises Refused (400, 404).
     gauges: figures of the process that no middleware can know (`upstream_connections`, `open_calls`).
+    workers: how many processes serve, each with state of its own. worker: which one this is, from 0.
     """
 
     layers: Sequence[Middleware]
     route: Callable[[str], Route]
     gauges: Mapping[str, Callable[[], float]] = field(default_factory=dict)
+    workers: int = 1
+    worker: int = 0
+
+    def share(self, limit: int) -> int:
+        """This worker's part of a limit on the whole gateway. All parts together are the limit, but none is less than 1 where the
+        limit is not 0, since who has a connection to one worker cannot turn to another."""
+        return max(1, limit // self.workers + (self.worker < limit % self.workers)) if limit > 0 else limit
 
 
 def compose(middleware: Sequence[Middleware], innermost: Handler) -> Handler:

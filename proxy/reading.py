@@ -46,12 +46,14 @@ class Reading:
 
     disabled: by provider the variables whose absence disables it, in the order of the file; known after `check`.
     authenticated: some middleware says who is calling, so clients beyond this machine may be served; known after `middleware`.
+    workers: how many processes will serve.
     """
 
     document: Document
     known: Known
     disabled: dict[str, list[str]] = field(default_factory=dict)
     authenticated: bool = False
+    workers: int = 1
 
     def check(self) -> tuple[File | None, list[Layer]]:
         """Check everything. The file and its middleware count only where no fault was noted."""
@@ -59,6 +61,8 @@ class Reading:
         names = self.section(value, "providers")
         self.variables(names)
         file = self.checked(File, self.prepared(value), ())
+        workers = str(self.section(value, "server").get("workers"))
+        self.workers = int(workers) if workers.isdecimal() else 1
         self.default(value.get("default_provider"), names)
         for name, row in names.items():
             self.provider(name, row)
@@ -224,6 +228,9 @@ class Reading:
         factory = self.factory(name, path[:2])
         # A faulty auth is still meant to be one: its own fault says what is wrong.
         self.authenticated = self.authenticated or hasattr(factory, "authenticate")
+        if self.workers > 1 and (why := getattr(factory, "NEEDS_ONE_WORKER", None)):
+            self.document.fault(path[:2], f"{why}; set server.workers: 1, or leave it out")
+            return None
         if factory is None or isinstance(options, Missing):
             return None
         if not isinstance(options, dict):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from proxy.delivery import Response
 from proxy.errors import Draining, GatewayError, Outcome, Refused, UpstreamTimeout, why_cancelled
 from proxy.faces import FACES, Face
 from proxy.http import Request, allow, check_json, error_response, head_headers, json_response
-from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query
+from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query, ask_one
 from proxy.relay import Relay
 from proxy.reply import Reply
 from proxy.routing import Directory
@@ -58,11 +59,16 @@ class ServerSettings:
 
 class Edge:
     """Serves calls. handler: the composed pipeline. directory: where model names lead. layers: the middleware, whose endpoints,
-    request fields and authentication are served here.
+    request fields and authentication are served here. ask: how endpoints are asked; several workers ask each other, too.
     """
 
     def __init__(
-        self, handler: Handler, directory: Directory, settings: ServerSettings, layers: Sequence[Middleware] = ()
+        self,
+        handler: Handler,
+        directory: Directory,
+        settings: ServerSettings,
+        layers: Sequence[Middleware] = (),
+        ask: Callable[[Endpoint, Query], Awaitable[Answer]] = ask_one,
     ) -> None:
         self._handler = handler
         self._directory = directory
@@ -71,6 +77,7 @@ class Edge:
         self._authenticate = next((found for layer in layers if (found := getattr(layer, "authenticate", None))), None)
         self._allows = next((found for layer in layers if (found := getattr(layer, "allows", None))), None)
         self._endpoints = {point.path: point for layer in layers for point in getattr(layer, "endpoints", ())}
+        self._ask = ask
         self._readers = Readers.of(layers)
         self._refused = [layer.refused for layer in layers if hasattr(layer, "refused")]
         self._active: dict[asyncio.Task[Any], Relay | None] = {}
@@ -130,7 +137,7 @@ class Edge:
         if face := ENDPOINTS.get(path):
             allow(request, "POST")
             return await self._call(request, headers, identity, face, principal)
-        if point := self._point(path):
+        if point := self.point(path):
             return await self._serve(point, request, headers, principal)
         for models in MODELS:
             if path == models or path.startswith(models + "/"):
@@ -151,11 +158,12 @@ class Edge:
         if request.path in ("/healthz", "/readyz") and "verbose" not in request.query:
             allow(request, "GET", "HEAD")
             return self._health(request.path)
-        if point := self._point(request.path):
+        if point := self.point(request.path):
             return await self._serve(point, request, request.headers, OPERATOR)
         raise Refused(f"There is nothing at {request.path[:200]} on the admin address.", status=404, code="unknown_path")
 
-    def _point(self, path: str) -> Endpoint | None:
+    def point(self, path: str) -> Endpoint | None:
+        """The endpoint at a path, if one is there."""
         return Endpoint("GET", path, self._verbose, admin=True) if path == "/readyz" else self._endpoints.get(path)
 
     async def _serve(self, point: Endpoint, request: Request, headers: Mapping[str, str], principal: Principal) -> Response:
@@ -164,7 +172,7 @@ class Edge:
         if point.admin and self._authenticate is not None and not principal.admin:
             raise Refused("This needs a key with admin: true.", status=403, code="admin_only", type="permission_error")
         body = await self._body(request) if point.method != "GET" else b""
-        answer = await point.handler(Query(request.method, request.path, request.query, headers, body, principal))
+        answer = await self._ask(point, Query(request.method, request.path, request.query, headers, body, principal))
         fields = {"Server": "penstock", "Content-Type": answer.content_type, **answer.headers}
         return Response(answer.status, answer.body, fields)
 
@@ -176,7 +184,12 @@ class Edge:
     async def _verbose(self, query: Query) -> Answer:
         """`/readyz?verbose`: what each middleware says of its state."""
         state = {type(layer).__name__.lower(): layer.health() for layer in self._layers if hasattr(layer, "health")}
-        found = {"status": "ok" if self._ready else "draining", "open_calls": self.open_calls, "middleware": state}
+        found = {
+            "status": "ok" if self._ready else "draining",
+            "pid": os.getpid(),
+            "open_calls": self.open_calls,
+            "middleware": state,
+        }
         return Answer(orjson.dumps(found, default=str), 200 if self._ready else 503)
 
     def _check_host(self, host: str, loopback_only: bool) -> None:
@@ -233,7 +246,8 @@ class Edge:
     async def _in_time(self, call: Call) -> Reply:
         """The pipeline's reply, before the call's deadline."""
         task = asyncio.current_task()
-        assert task is not None and call.deadline is not None
+        assert task is not None
+        assert call.deadline is not None
         # The cancellation says why, so that whoever it passes through on its way does not take it for the client's leaving.
         timer = asyncio.get_running_loop().call_at(call.deadline, task.cancel, Outcome.TIMEOUT_TOTAL)
         try:

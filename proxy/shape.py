@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import inspect
+import os
 import types
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -142,10 +143,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
-def _one_worker(count: int) -> int:
-    if count != 1:
-        raise ValueError("must be 1; more workers are not yet supported")
-    return count
+def _possible(workers: int) -> int:
+    if workers > 1 and not hasattr(os, "fork"):
+        raise ValueError("must be 1: this system cannot fork processes")
+    return workers
 
 
 def _no_brackets(host: str) -> str:
@@ -172,13 +173,14 @@ BodySize = Annotated[int, *MARKS["bytes"], _Bounds(Between(1024, 2**30))]
 class Server(Section):
     """Where and how the gateway listens. Durations in seconds, sizes in bytes; port 0 is any free port.
 
-    admin_listen: `host:port` of a second address that serves health, metrics and admin endpoints, without auth.
+    workers: processes that share the port. admin_listen: `host:port` of a second address that serves health, metrics and admin
+    endpoints, without auth.
     allow_anonymous: somebody beyond this machine may use an address that has no auth.
     """
 
     host: Annotated[str, Field(min_length=1), AfterValidator(_no_brackets)] = "127.0.0.1"
     port: Port = 8080
-    workers: Annotated[int, AfterValidator(_one_worker)] = 1
+    workers: Annotated[int, _Bounds(Between(1, 64)), AfterValidator(_possible)] = 1
     max_body: BodySize = 32 * 2**20
     body_timeout: ShortWait = 30.0
     drain_delay: LongWait = 0.0

@@ -13,6 +13,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+# Said at start and by `check` where several workers serve.
+PER_WORKER = "each with an equal part of the limits, and with a cache and circuits of its own (docs/workers.md)"
+
 
 def did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     close = get_close_matches(word, list(known), n=1)

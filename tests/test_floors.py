@@ -34,12 +34,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "proxy.sockets", "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema", "proxy.wording",
     ),
     ("proxy.server",),
-    ("proxy.app", "proxy.__main__"),
+    ("proxy.app", "proxy.__main__", "proxy.workers.*"),
 )  # fmt: skip
 CONFIG = {"proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema", "proxy.wording"}
 # Modules that serve one another on one floor, beside those that share a folder.
 CLIENT_SIDE = {"proxy.delivery", "proxy.http", "proxy.lane", "proxy.sockets", "proxy.relay"}
-TOGETHER = (CONFIG, CLIENT_SIDE, {"proxy.app", "proxy.__main__"})
+# `app.run` hands over to the workers, each of which is a gateway of `app`.
+WORKERS = {"proxy.workers", "proxy.workers.supervisor", "proxy.workers.worker"}
+TOGETHER = (CONFIG, CLIENT_SIDE, {"proxy.app", "proxy.__main__"}, {"proxy.app"} | WORKERS)
 
 # Who may import which third-party package; the packages that are not named here are the standard library's.
 LIGHT = ("orjson",)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,7 @@ from middleware.limits.meters import Meters
 from middleware.limits.subjects import Subjects
 from proxy.call import Call
 from proxy.own_fields import OwnFields
-from proxy.pipeline import Handler, Sample
+from proxy.pipeline import Handler, Sample, Surroundings
 from proxy.reply import Reply, Trailer
 from proxy.units import Between, ByteSize
 
@@ -61,8 +61,13 @@ class Limits:
         self._subjects = {kind: Subjects(max_tracked) for kind in KINDS}
         # Two meters per subject; beside the tracked ones each key has its own and one shared by the rest.
         self._meters = _meters or Meters(8 * max_tracked)
+        self._share: Callable[[int], int] | None = None
         self._limited: Counter[str] = Counter()
         self._settling: set[asyncio.Task[None]] = set()
+
+    def attach(self, surroundings: Surroundings) -> None:
+        """Each of several workers counts for itself, so each has its part of every limit."""
+        self._share = surroundings.share if surroundings.workers > 1 else None
 
     def admit(self, call: Call, own: OwnFields) -> Call:
         """Refuses what is too large, with its path."""
@@ -95,10 +100,14 @@ class Limits:
         owner = call.principal.name
         own = call.principal.facts.get("limits") or {}
         if rates := {**self._rates["key"], **{name: value for name, value in own.items() if value is not None}}:
-            yield Share("key", owner, rates)
+            yield Share("key", owner, self._parts(rates))
         for kind, label in (("identity", call.identity), ("name", call.name)):
             if label is not None and self._rates[kind]:
-                yield Share(kind, self._subjects[kind].subject(owner, label), self._rates[kind])
+                yield Share(kind, self._subjects[kind].subject(owner, label), self._parts(self._rates[kind]))
+
+    def _parts(self, rates: Mapping[str, int]) -> Mapping[str, int]:
+        share = self._share
+        return rates if share is None else {figure: share(most) for figure, most in rates.items()}
 
     async def _take(self, call: Call, shares: list[Share], lease: Lease) -> dict[str, str]:
         """Take everything that the call needs, or raise Limited having taken nothing. Returns the response headers."""

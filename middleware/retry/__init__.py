@@ -24,7 +24,7 @@ from middleware.retry.hints import hinted_seconds
 from proxy.call import Call
 from proxy.errors import GatewayError, Outcome, UpstreamCut, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from proxy.own_fields import OwnFields
-from proxy.pipeline import Handler, Sample
+from proxy.pipeline import Handler, Sample, Surroundings
 from proxy.reply import Reply, Try
 from proxy.units import Between, Seconds
 
@@ -83,6 +83,10 @@ class Retry:
         self.wall: Callable[[], float] = time.time
         self.random: Callable[[], float] = random.random
         self.sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+
+    def attach(self, surroundings: Surroundings) -> None:
+        """The budget is a share of what this worker is asked; the floor is one for all workers."""
+        self._budgets.floor = surroundings.share(self._budgets.floor)
 
     def admit(self, call: Call, own: OwnFields) -> Call:
         """Read `retry: {count, on_codes}`; a request that gives only a count is retried on 429. Raises Refused."""

@@ -19,7 +19,7 @@ class Budgets:
 
     def __init__(self, share: float, floor: int) -> None:
         self._share = share
-        self._floor = floor
+        self.floor = floor
         self._counts: OrderedDict[str, tuple[float, float, float]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -34,7 +34,7 @@ class Budgets:
         """May there be a retry? If so it is counted."""
         requests, retries = self._faded(target, now)
         # The sum of many thirds is no whole number: what is missing by a rounding is not missing.
-        if retries + 1 > self._floor + self._share * requests + 1e-9:
+        if retries + 1 > self.floor + self._share * requests + 1e-9:
             return False
         self._keep(target, requests, retries + 1, now)
         return True
