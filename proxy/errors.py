@@ -83,14 +83,6 @@ class GatewayError(Exception):
         """`{"message", "type", "param", "code"}`, what stands under `error` in a body or a chunk."""
         return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
 
-    @property
-    def retryable(self) -> bool:
-        """May another attempt at the same call fare better? Decided by status alone."""
-        return self.status in RETRYABLE_STATUSES
-
-
-RETRYABLE_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-
 
 class Refused(GatewayError):
     """The request never reached an upstream: it is malformed, unknown, too large or not allowed."""

@@ -128,6 +128,13 @@ def answers(found: Reply) -> Handler:
     return handler
 
 
+def raises(error: BaseException) -> Handler:
+    async def handler(call: Call) -> Reply:
+        raise error
+
+    return handler
+
+
 @dataclass
 class Setup:
     gateway: Gateway
@@ -537,6 +544,24 @@ class TestCircuit:
             for _ in range(3):
                 await on.ask("a/m")
             assert on.circuit("a/m") == "open", "the operator's limit counts"
+
+    @pytest.mark.parametrize(("error", "outcome"), [(RuntimeError("broken"), "failed"), (asyncio.CancelledError(), "cancelled")])
+    async def test_what_says_nothing_about_a_target_is_counted_and_gives_a_probes_place_back(
+        self, error: BaseException, outcome: str
+    ) -> None:
+        clock = Clock()
+        fallback = Fallback(min_requests=1, failure_rate=0.01, cool_down=1.0, probes=1, _clock=clock)
+        call = make_call(targets=(Target(Provider("p", "openai", "http://x", "k"), "m"),))
+        with pytest.raises(UpstreamError):
+            await fallback(call, raises(UpstreamError("no", status=500)))
+        clock.now += 1
+        for _ in range(2):
+            with pytest.raises(type(error)):
+                await fallback(call, raises(error))
+        assert fallback.health()["targets"]["p/m"]["circuit"] == "half_open"
+        counts = {s.labels["outcome"]: s.value for s in fallback.samples() if s.name == "penstock_attempts_total"}
+        assert sum(counts.values()) == 3
+        assert counts[outcome] >= 2
 
     async def test_invented_models_fill_neither_memory_nor_metrics(self) -> None:
         provider = Provider("p", "openai", "http://x", "k")

@@ -67,7 +67,7 @@ class Script:
         self.now = 1000.0
         self.waits: list[float] = []
         self.retry = Retry(**options)
-        self.retry.clock = lambda: self.now
+        self.retry.clock = self.retry.loop_time = lambda: self.now
         self.retry.wall = lambda: NOW
         self.retry.random = lambda: dice
         self.retry.sleep = self.sleep

@@ -1,7 +1,8 @@
 """The way of one call through its targets: each in turn, with each of its keys, until one has its first chunk in hand.
 
 Strategy: a lane takes targets off one list and goes on after errors that another target may not have; hedging is a second lane on
-the same list. What was tried, and why it failed, is collected here and told with the reply or the error.
+the same list. What was tried, and why it failed, is collected here and told with the reply or the error. Where the first target
+answers, which is the common way, nothing of this is built: `Fallback` asks it by itself, and comes here (`began`) when it failed.
 The one rule: every target that was entered hears how it went, once, on every way out.
 """
 
@@ -10,16 +11,16 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from middleware.fallback.breaker import Permit
 from middleware.fallback.keys import REFUSED_REST, REST, Keys
 from middleware.fallback.targets import Known, Speed, Targets
-from middleware.fallback.verdict import Cause, CircuitOpen, ended, moves_on, reason, rests, retry_after, speaks_against
+from middleware.fallback.verdict import Cause, CircuitOpen, moves_on, reason, rests, retry_after, speaks_against
 from proxy.call import Call, Target, altered
 from proxy.errors import GatewayError, Outcome, Unconfigured, UpstreamTimeout
 from proxy.pipeline import Handler
-from proxy.reply import Reply, Trailer, Try
+from proxy.reply import Reply, Try
 
 HEDGE_LOST = "hedge_lost"
 
@@ -50,9 +51,17 @@ class Attempts:
         self._since: tuple[Known, float] | None = None
         self.tries: tuple[Try, ...] = ()
 
-    async def lane(self) -> Reply:
-        """The first reply of the targets that nobody has taken yet. Raises GatewayError: see `telling`."""
-        why = ""
+    def began(self, error: GatewayError, known: Known, permit: Permit, started: float) -> str:
+        """The first target was asked at `started` and ended in this error. Why the next may be asked; "" if it may not."""
+        target = self._left.popleft()
+        self._missed(error, target, known, started)
+        self._speak(error, target, known, permit, self._shared.clock() - started)
+        return self._moves_on(error)
+
+    async def lane(self, why: str = "") -> Reply:
+        """The first reply of the targets that nobody has taken yet. why: one before them failed. Raises GatewayError, see
+        `telling`.
+        """
         while self._left and not (why and self._too_late()):
             target = self._left.popleft()
             if why:
@@ -60,10 +69,8 @@ class Attempts:
             try:
                 return await self._visit(target)
             except GatewayError as error:
-                if not moves_on(error, self._shared.on):
+                if not (why := self._moves_on(error)):
                     raise
-                self._note(error)
-                why = reason(error)
         raise self.telling()
 
     def telling(self, raised: GatewayError | None = None) -> GatewayError:
@@ -77,7 +84,7 @@ class Attempts:
 
     def answered(self, reply: Reply) -> Reply:
         """The reply, with the tries before it."""
-        return replace(reply, head=replace(reply.head, tries=self.tries + reply.head.tries)) if self.tries else reply
+        return altered(reply, head=altered(reply.head, tries=self.tries + reply.head.tries)) if self.tries else reply
 
     def due(self, delay: float | None) -> float | None:
         """Seconds until the current target is late: `delay`, or its own p95; None where that is not known."""
@@ -110,11 +117,7 @@ class Attempts:
         except BaseException:
             permit.end(None)
             raise
-
-        def end(trailer: Trailer) -> None:
-            permit.end(ended(trailer.outcome, trailer.error))
-
-        reply.trailer.on_end(end)
+        reply.trailer.on_end(permit.ended)
         return reply
 
     def _speak(self, error: GatewayError, target: Target, known: Known, permit: Permit, seconds: float) -> None:
@@ -146,30 +149,32 @@ class Attempts:
         raise last
 
     async def _once(self, target: Target, known: Known) -> Reply:
-        shared = self._shared
-        started = shared.clock()
-        outcome = "failed"
+        clock = self._shared.clock
+        started = clock()
         try:
             reply = await self._next(altered(self._call, target=target))
-            outcome = "answered"
         except GatewayError as error:
-            seconds = shared.clock() - started
-            self.tries += error.tries or (() if isinstance(error, Unconfigured) else (Try(str(target), error.code, seconds),))
-            if isinstance(error, UpstreamTimeout):
-                self._speed(known).record(seconds, shared.clock())
+            self._missed(error, target, known, started)
             raise
-        except asyncio.CancelledError as error:
-            outcome = "cancelled"
-            if Outcome.CANCELLED in error.args:  # by `race`, because the other one won
-                self._lost(target, known, shared.clock() - started)
+        except BaseException as error:
+            known.left(error)
+            if isinstance(error, asyncio.CancelledError) and Outcome.CANCELLED in error.args:
+                self._lost(target, known, clock() - started)  # `race` says so, because the other one won
             raise
-        finally:
-            shared.targets.attempted(known, outcome)
-        self._speed(known).record(reply.head.upstream_seconds or shared.clock() - started, shared.clock())
+        now = clock()
+        known.answered(self._call.stream, reply.head.upstream_seconds or now - started, now)
         return reply
 
+    def _missed(self, error: GatewayError, target: Target, known: Known, started: float) -> None:
+        """It was asked, and ended in an error."""
+        known.tally.failed += 1
+        now = self._shared.clock()
+        self.tries += error.tries or (() if isinstance(error, Unconfigured) else (Try(target.name, error.code, now - started),))
+        if isinstance(error, UpstreamTimeout):
+            self._speed(known).record(now - started, now)
+
     def _lost(self, target: Target, known: Known, seconds: float) -> None:
-        self.tries += (Try(str(target), HEDGE_LOST, seconds),)
+        self.tries += (Try(target.name, HEDGE_LOST, seconds),)
         # It was at least this slow: unless that is heard, the p95 of a target that always loses sinks for ever.
         if seconds > self._speed(known).average(self._shared.clock()):
             self._speed(known).record(seconds, self._shared.clock())
@@ -179,11 +184,15 @@ class Attempts:
 
     # The end
 
-    def _note(self, error: GatewayError) -> None:
+    def _moves_on(self, error: GatewayError) -> str:
+        """Why the next target may be asked after this error; "" if it may not."""
+        if not moves_on(error, self._shared.on):
+            return ""
         if isinstance(error, CircuitOpen | Unconfigured):
             self._skipped.append(error)
         else:
             self._error = error
+        return reason(error)
 
     def _nobody_asked(self) -> GatewayError:
         waits = [error.wait for error in self._skipped if isinstance(error, CircuitOpen)]

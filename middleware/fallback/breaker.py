@@ -16,6 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
+from middleware.fallback.verdict import ended
+from proxy.reply import Trailer
+
 BUCKETS = 10
 # Until a probe ends nobody knows how long that takes; who asks meanwhile may come back after this.
 PROBE_SECONDS = 1.0
@@ -45,12 +48,17 @@ class Policy:
 class Breaker:
     """clock: seconds, monotonic."""
 
-    __slots__ = ("_buckets", "_clock", "_generation", "_opened", "_parked_until", "_policy", "_probing", "_until")
+    __slots__ = (
+        "_buckets", "_clock", "_generation", "_latest", "_opened", "_parked_until", "_policy", "_probing", "_rate", "_until",
+    )  # fmt: skip
 
     def __init__(self, policy: Policy, clock: Callable[[], float]) -> None:
         self._policy = policy
         self._clock = clock
+        # [slot, successes, failures], oldest first; `_latest` is the last one, or one of no slot.
         self._buckets: deque[list[int]] = deque()
+        self._latest = [-1, 0, 0]
+        self._rate = BUCKETS / policy.window
         self._generation = 0
         self._opened = False
         self._until = 0.0
@@ -104,7 +112,11 @@ class Breaker:
             if failed is not None:
                 self._turn(failed)
         elif failed is not None:
-            self._count(failed)
+            slot = int(self._clock() * self._rate)
+            bucket = self._latest
+            if bucket[0] != slot:
+                bucket = self._next_bucket(slot)
+            bucket[1 + failed] += 1
             if failed and self._too_many():
                 self._turn(True)
 
@@ -118,19 +130,16 @@ class Breaker:
         self._until = self._clock() + self._policy.cool_down
         self._probing = 0
         self._buckets.clear()
+        self._latest = [-1, 0, 0]
 
-    def _slot(self) -> int:
-        return int(self._clock() * BUCKETS / self._policy.window)
-
-    def _count(self, failed: bool) -> None:
-        slot = self._slot()
-        if not self._buckets or self._buckets[-1][0] != slot:
-            self._forget()
-            self._buckets.append([slot, 0, 0])
-        self._buckets[-1][1 + failed] += 1
+    def _next_bucket(self, slot: int) -> list[int]:
+        self._forget()
+        self._latest = [slot, 0, 0]
+        self._buckets.append(self._latest)
+        return self._latest
 
     def _forget(self) -> None:
-        oldest = self._slot() - BUCKETS
+        oldest = int(self._clock() * self._rate) - BUCKETS
         while self._buckets and self._buckets[0][0] <= oldest:
             self._buckets.popleft()
 
@@ -149,3 +158,7 @@ class Permit:
         breaker, self._breaker = self._breaker, None
         if breaker is not None:
             breaker.hear(self._generation, failed)
+
+    def ended(self, trailer: Trailer) -> None:
+        """The visit gave a reply, and this is how it ended; a callback for `on_end`."""
+        self.end(ended(trailer.outcome, trailer.error))

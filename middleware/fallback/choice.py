@@ -54,8 +54,8 @@ class Choice:
     async def order(self, route: Route, here: Mapping[str, Target], *, stream: bool) -> list[Target]:
         """The route's targets, best first. here: those that may be asked, by name (a layer further out may have left some out, or
         given them another key)."""
-        places = [place for place, target in enumerate(route.targets) if str(target) in here]
-        found = [here[str(route.targets[place])] for place in places]
+        places = [place for place, target in enumerate(route.targets) if target.name in here]
+        found = [here[route.targets[place].name] for place in places]
         if len(found) < 2:
             return found
         if route.strategy == "weighted":

@@ -41,6 +41,9 @@ class Keys:
         places = self._places(provider.name, len(keys))
         for number, place in enumerate(places):
             further = tuple(key for other in places[number + 1 :] if (key := keys[other]) is not None)
+            if place == 0 and further == provider.further_keys:
+                yield place, target  # none rests: it is this very one
+                continue
             yield place, replace(target, provider=replace(provider, api_key=keys[place], further_keys=further))
 
     def resting(self) -> dict[str, int]:

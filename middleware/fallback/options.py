@@ -40,7 +40,7 @@ class Plan:
     @property
     def targets(self) -> tuple[Target, ...]:
         """Each target of all routes, once."""
-        return tuple({str(target): target for route in self.routes for target in route.targets}.values())
+        return tuple({target.name: target for route in self.routes for target in route.targets}.values())
 
 
 def read_plan(own: OwnFields, route: Route, lookup: Lookup, most: int) -> Plan | None:

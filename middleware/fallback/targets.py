@@ -7,9 +7,10 @@ The one rule: clients can name models without end, and neither memory nor metric
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from middleware.fallback.breaker import Breaker, Policy
 from proxy.call import Target
@@ -50,36 +51,59 @@ class Speed:
 
 
 @dataclass(slots=True)
+class Tally:
+    """How often targets of one label were asked, by how that went."""
+
+    answered: int = 0
+    cancelled: int = 0
+    failed: int = 0
+
+
+@dataclass(slots=True)
 class Known:
-    """One target. label: its name in metrics. speed: of streams; whole: of replies that are not streamed."""
+    """One target. label: its name in metrics. tally: its label's. speed: of streams; whole: of replies that are not streamed."""
 
     label: str
+    tally: Tally
     breaker: Breaker
     speed: Speed = field(default_factory=Speed)
     whole: Speed = field(default_factory=Speed)
 
+    def answered(self, stream: bool, seconds: float, now: float) -> None:
+        """It was asked, and has its first chunk in hand after `seconds`."""
+        self.tally.answered += 1
+        (self.speed if stream else self.whole).record(seconds, now)
+
+    def left(self, error: BaseException) -> None:
+        """It was asked, and what ended that says nothing about it: the call was cancelled, or a layer further in is broken."""
+        if isinstance(error, asyncio.CancelledError):
+            self.tally.cancelled += 1
+        else:
+            self.tally.failed += 1
+
 
 class Targets:
-    """clock: seconds, monotonic. attempts: by label, those that answered and those that did not."""
+    """clock: seconds, monotonic."""
 
     def __init__(self, policy: Policy, clock: Callable[[], float]) -> None:
         self._policy = policy
         self._clock = clock
         self._configured: dict[str, Known] = {}
         self._invented: OrderedDict[str, Known] = OrderedDict()
+        # By label, of which there are few; what was counted stays when a target is forgotten.
+        self._tallies: dict[str, Tally] = {}
         self._labels: set[str] = set()
-        self.attempts: dict[tuple[str, str], int] = {}
 
     def configure(self, name: str) -> None:
         """This target stands in the config."""
         if name not in self._configured:
             known = self._invented.pop(name) if name in self._invented else self._new(name)
-            known.label = name
+            known.label, known.tally = name, self._tally(name)
             self._configured[name] = known
 
     def of(self, target: Target) -> Known:
         """What is known of it; from now on something is."""
-        name = str(target)
+        name = target.name
         if (known := self._configured.get(name)) is not None:
             return known
         if target.model in target.provider.models:
@@ -93,9 +117,12 @@ class Targets:
         known = self._invented[name] = self._new(self._label(name))
         return known
 
-    def attempted(self, known: Known, outcome: str) -> None:
-        key = (known.label, outcome)
-        self.attempts[key] = self.attempts.get(key, 0) + 1
+    def attempts(self) -> Iterator[tuple[str, str, int]]:
+        """(label, outcome, how often), of what happened at all."""
+        for label, tally in sorted(self._tallies.items()):
+            for outcome, count in asdict(tally).items():
+                if count:
+                    yield label, outcome, count
 
     def shown(self) -> Iterator[tuple[str, Known]]:
         """Those that have a label of their own."""
@@ -113,5 +140,8 @@ class Targets:
         self._labels.add(name)
         return name
 
+    def _tally(self, label: str) -> Tally:
+        return self._tallies.setdefault(label, Tally())
+
     def _new(self, label: str) -> Known:
-        return Known(label, Breaker(self._policy, self._clock))
+        return Known(label, self._tally(label), Breaker(self._policy, self._clock))

@@ -3,7 +3,7 @@
 Strategy: the loop asks pure functions (`may_repeat`, `hinted_seconds`) what an error allows, and waits: exponential backoff with
 full jitter, never shorter than the provider's own hint. `await next(call)` returns with the first chunk in hand, so a reply that
 has begun is never repeated, by construction. A budget per target (`budget`) keeps an outage from being multiplied.
-Cost: around the head; nothing per chunk.
+Cost: around the head, one look at the clock and one addition; nothing per chunk.
 The one rule: no wait passes the call's deadline; where waiting cannot help, the error goes out at once, with all its tries.
 
 Backoff: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
@@ -16,12 +16,12 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 from middleware.retry.budget import Budgets
 from middleware.retry.hints import hinted_seconds
-from proxy.call import Call
+from proxy.call import Call, altered
 from proxy.errors import GatewayError, Outcome, UpstreamCut, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Handler, Sample, Surroundings
@@ -79,7 +79,8 @@ class Retry:
         self._budgets = Budgets(budget, floor)
         self._retries: Counter[str] = Counter()
         self._exhausted = 0
-        self.clock: Callable[[], float] = lambda: asyncio.get_running_loop().time()
+        self.clock: Callable[[], float] = time.monotonic
+        self.loop_time: Callable[[], float] = lambda: asyncio.get_running_loop().time()
         self.wall: Callable[[], float] = time.time
         self.random: Callable[[], float] = random.random
         self.sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -98,39 +99,44 @@ class Retry:
             self._plan.count if count is None else count.integer(1, self._max_count),
             frozenset({429} if codes is None else (code.integer(400, 599) for code in codes.items())),
         )
-        return replace(call, extensions={**call.extensions, Plan: plan})
+        return altered(call, extensions={**call.extensions, Plan: plan})
 
     async def __call__(self, call: Call, next: Handler) -> Reply:
-        plan = call.extension(Plan) or self._plan
-        target = str(call.target or (call.targets[0] if call.targets else call.model))
-        self._budgets.requested(target, self.clock())
+        chosen = call.target or (call.targets[0] if call.targets else None)
+        target = call.model if chosen is None else chosen.name
+        started = self.clock()
+        self._budgets.requested(target, started)
         tries: tuple[Try, ...] = ()
-        for attempt in range(plan.count + 1):
-            started = self.clock()
+        attempt = 0
+        while True:
             try:
                 reply = await next(call)
             except GatewayError as error:
                 # Layers further in may have counted it (and others) already; what never reached an upstream is no attempt.
                 own = (Try(target, error.code, self.clock() - started),) if error.outcome in ATTEMPTED else ()
                 error.tries = tries = tries + (error.tries or own)
-                wait = None if _another_key(error, call) else self._wait(error, attempt, plan, call.deadline)
+                wait = self._wait(error, attempt, call)
                 if wait is None or not self._afford(target):
                     raise
                 self._retries[reason(error)] += 1
             else:
-                return replace(reply, head=replace(reply.head, tries=tries + reply.head.tries)) if tries else reply
+                return altered(reply, head=altered(reply.head, tries=tries + reply.head.tries)) if tries else reply
             await self.sleep(wait)
-        raise AssertionError("the last attempt returns or raises")
+            started = self.clock()
+            attempt += 1
 
-    def _wait(self, error: GatewayError, attempt: int, plan: Plan, deadline: float | None) -> float | None:
+    def _wait(self, error: GatewayError, attempt: int, call: Call) -> float | None:
         """Seconds until the next attempt; None where there must be none."""
+        if _another_key(error, call):
+            return None
+        plan, deadline = call.extension(Plan) or self._plan, call.deadline
         if attempt >= plan.count or not may_repeat(error, plan.codes):
             return None
         hint = hinted_seconds(error, self.wall())
         if hint > self._max_retry_after:
             return None
         wait = max(hint, self.random() * min(self._cap, self._base * 2.0**attempt))
-        return wait if deadline is None or self.clock() + wait < deadline else None
+        return wait if deadline is None or self.loop_time() + wait < deadline else None
 
     def _afford(self, target: str) -> bool:
         if self._budgets.spend(target, self.clock()):

@@ -1,6 +1,7 @@
 """How many retries each target may still have.
 
 Strategy: two counts per target (requests, retries) that fade with a time constant of a minute, looked at only when they change.
+A request is one addition: what it finds is faded, and moved to the end of the queue, at most once a second.
 The one rule: memory is bounded, because clients may invent models without end: the least recently asked target goes first.
 """
 
@@ -10,6 +11,19 @@ import math
 from collections import OrderedDict
 
 MAX_TARGETS = 1024
+# Requests of the same second count as if they had come at its beginning: at most 1/60 off.
+TICK = 1.0
+
+
+class _Spent:
+    """One target's counts, as they were at `since`."""
+
+    __slots__ = ("requests", "retries", "since")
+
+    def __init__(self, since: float) -> None:
+        self.requests = 0.0
+        self.retries = 0.0
+        self.since = since
 
 
 class Budgets:
@@ -20,32 +34,38 @@ class Budgets:
     def __init__(self, share: float, floor: int) -> None:
         self._share = share
         self.floor = floor
-        self._counts: OrderedDict[str, tuple[float, float, float]] = OrderedDict()
+        self._counts: OrderedDict[str, _Spent] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._counts)
 
     def requested(self, target: str, now: float) -> None:
         """A first try is about to be made."""
-        requests, retries = self._faded(target, now)
-        self._keep(target, requests + 1, retries, now)
+        spent = self._counts.get(target)
+        if spent is None or now - spent.since >= TICK:
+            spent = self._faded(target, now)
+        spent.requests += 1
 
     def spend(self, target: str, now: float) -> bool:
         """May there be a retry? If so it is counted."""
-        requests, retries = self._faded(target, now)
+        spent = self._faded(target, now)
         # The sum of many thirds is no whole number: what is missing by a rounding is not missing.
-        if retries + 1 > self.floor + self._share * requests + 1e-9:
+        if spent.retries + 1 > self.floor + self._share * spent.requests + 1e-9:
             return False
-        self._keep(target, requests, retries + 1, now)
+        spent.retries += 1
         return True
 
-    def _faded(self, target: str, now: float) -> tuple[float, float]:
-        requests, retries, since = self._counts.get(target, (0.0, 0.0, now))
-        left = math.exp(min(0.0, since - now) / self.FADE_SECONDS)
-        return requests * left, retries * left
-
-    def _keep(self, target: str, requests: float, retries: float, now: float) -> None:
-        self._counts[target] = (requests, retries, now)
+    def _faded(self, target: str, now: float) -> _Spent:
+        """The target's counts as of now; it is the most recently asked one."""
+        spent = self._counts.get(target)
+        if spent is None:
+            spent = self._counts[target] = _Spent(now)
+            if len(self._counts) > MAX_TARGETS:
+                self._counts.popitem(last=False)
+            return spent
         self._counts.move_to_end(target)
-        if len(self._counts) > MAX_TARGETS:
-            self._counts.popitem(last=False)
+        left = math.exp(min(0.0, spent.since - now) / self.FADE_SECONDS)
+        spent.requests *= left
+        spent.retries *= left
+        spent.since = now
+        return spent

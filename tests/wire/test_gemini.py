@@ -865,7 +865,6 @@ def test_http_errors_keep_their_status_and_words(wrap):
     error = decode_error(429, {"retry-after": "7"}, json.dumps(wrap(body)).encode())
     assert (error.status, error.message, error.code) == (429, "Quota exceeded.", "RESOURCE_EXHAUSTED")
     assert error.headers == {"retry-after": "7"}
-    assert error.retryable
 
 
 # --- streamed arguments ---
