@@ -168,7 +168,10 @@ def altered(instance: T, **changes: Any) -> T:
     """`dataclasses.replace` for the frozen classes that are altered several times per request (Call, Reply, Head), which have no
     slots for its sake: 0.3 us instead of 3.3 for a call. Unlike `replace` it does not look whether a field exists.
     """
-    twin: T = object.__new__(type(instance))
+    twin: T = _new(type(instance))
     # One dict, made at once and put in place: half of what filling the twin's own takes.
-    object.__setattr__(twin, "__dict__", instance.__dict__ | changes)
+    _set(twin, "__dict__", instance.__dict__ | changes)
     return twin
+
+
+_new, _set = object.__new__, object.__setattr__

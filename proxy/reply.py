@@ -138,17 +138,15 @@ class Tapped:
     async def __anext__(self) -> Batch:
         while not self._over:
             try:
-                batch = await anext(self._chunks)
+                if (seen := self._see(await anext(self._chunks))) is not None:
+                    return seen
             except StopAsyncIteration:
-                self._over = True
+                await self.aclose()
                 if self._finish is not None:
                     await self._finish()
-                raise
             except BaseException:
-                self._over = True
+                await self.aclose()
                 raise
-            if (seen := self._see(batch)) is not None:
-                return seen
         raise StopAsyncIteration
 
     async def aclose(self) -> None:

@@ -8,14 +8,18 @@ import tracemalloc
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import aiohttp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
 from middleware.cache import Cache
-from middleware.cache.entry import Recorder
+from middleware.cache.entry import Entry
+from middleware.cache.recorder import Recorder
 from middleware.cache.replay import Replayed, split
 from middleware.cache.store import MemoryStore
 from proxy.app import Gateway
@@ -588,13 +592,50 @@ async def test_a_recorded_replay_has_the_batches_and_the_gaps_of_the_recording(c
     ]
 
 
-async def test_a_slow_client_of_the_recording_is_no_part_of_the_gaps(clock: Clock) -> None:
-    cache = made(clock, replay="recorded")
-    provider = Provider(clock, *BATCHES)
-    async for _ in (await cache(asked(cache), provider)).chunks:
-        clock.now += 60
-    reply = await cache(asked(cache), provider)
-    assert [when for when, _, _ in await taken(reply, clock)] == [0.0, 0.25, 2.25]
+class Recording:
+    """A recorder that a test shows batches to as a socket would push them, and the entry that it makes."""
+
+    def __init__(self, clock: Clock, most: int = 2**20) -> None:
+        self.entries: list[Entry] = []
+        trailer = Trailer()
+        trailer.finish_reasons = {0: "stop"}
+        began = clock.now
+        clock.now += 0.5
+        reply = Reply(Head("acme/m"), None, trailer)  # type: ignore[arg-type]
+        worth = frozenset({"stop"})
+        self.recorder = Recorder(make_call(), reply, 60.0, began, most=most, worth=worth, clock=clock, keep=self._keep)
+
+    async def _keep(self, entry: Entry) -> None:
+        self.entries.append(entry)
+
+
+async def test_a_gap_is_the_time_between_two_arrivals_however_late_the_client_takes_the_last(clock: Clock) -> None:
+    recording = Recording(clock)
+    clock.now += 3  # the first batch was in hand with the head; nobody had asked for it yet
+    for number, batch in enumerate([Batch([A]), Batch([B, C]), Batch([D, END], final=True)]):
+        clock.now += (0, 0.25, 2.0)[number]
+        assert recording.recorder.see(batch) is batch
+    clock.now += 60
+    assert recording.entries == [], "nothing is stored before the clean end"
+    await recording.recorder.finish()
+    (entry,) = recording.entries
+    assert list(entry.gaps) == [0.5, 3.25, 2.0]
+    assert (entry.events, list(entry.ends)) == (A + B + C + D + Batch([END]).sse(), [len(A), len(A + B + C), len(entry.events)])
+    assert entry.events[entry.finish :] == Batch([END]).sse()
+
+
+@given(pieces=st.lists(st.lists(st.sampled_from([A, B, C, D]), min_size=1, max_size=4), max_size=6), end=st.booleans())
+def test_an_entry_is_what_was_seen_in_whatever_batches_it_came(pieces: list[list[bytes]], end: bool) -> None:
+    recording = Recording(Clock())
+    seen = [Batch(items) for items in pieces] + [Batch([D, END] if end else [END], final=True)]
+    for batch in seen:
+        recording.recorder.see(batch)
+    asyncio.run(recording.recorder.finish())
+    (entry,) = recording.entries
+    assert entry.events == b"".join(batch.sse() for batch in seen)
+    assert list(entry.ends) == list(accumulate(len(batch.sse()) for batch in seen))
+    assert len(entry.gaps) == len(seen)
+    assert entry.events[entry.finish :] == Batch([END]).sse()
 
 
 async def test_a_replay_at_a_pace_is_one_chunk_at_a_time(clock: Clock) -> None:
@@ -726,11 +767,11 @@ async def test_recording_stops_and_its_memory_goes_as_soon_as_an_entry_is_too_la
 
 
 def test_a_recording_that_is_given_up_holds_nothing() -> None:
-    recorder = Recorder(2**20, whole=False)
+    recorder = Recording(Clock()).recorder
     tracemalloc.start()
     try:
         for _ in range(20):
-            recorder.add(Batch([b"x" * 2**16]), 0.0)
+            recorder.see(Batch([b"x" * 2**16]))
         held, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

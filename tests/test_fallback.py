@@ -17,6 +17,8 @@ import pytest
 
 from middleware import TABLE
 from middleware.fallback import Fallback
+from middleware.fallback.attempts import Attempts
+from middleware.fallback.keys import Keys
 from proxy.app import Gateway
 from proxy.call import Call, Provider, Route, Target
 from proxy.config import ConfigError, parse
@@ -210,6 +212,27 @@ FAULTS: list[tuple[str, Reaction, str]] = [
 
 
 class TestFallsBack:
+    @pytest.mark.parametrize("count", [1, 2])
+    @pytest.mark.parametrize("strategy", ["fallback", "weighted"])
+    async def test_a_first_target_that_answers_is_asked_without_what_moving_on_takes(
+        self, count: int, strategy: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nor is a task created. A choice among several is another matter."""
+        made = []
+
+        def counted(*args: Any, **fields: Any) -> Attempts:
+            made.append(Attempts(*args, **fields))
+            return made[-1]
+
+        monkeypatch.setattr("middleware.fallback.Attempts", counted)
+        targets = tuple(Target(Provider(name, "openai", "http://x", "k"), "m") for name in "ab"[:count])
+        tasks = asyncio.all_tasks()
+        found = reply("a/m")
+        call = make_call(targets=targets, route=Route("r", targets, strategy), stream=True)
+        assert await Fallback()(call, answers(found)) is found
+        assert len(made) == (count == 2 and strategy == "weighted")
+        assert asyncio.all_tasks() == tasks
+
     @pytest.mark.parametrize(("fault", "reason"), [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS])
     async def test_on_an_upstreams_fault_the_next_target_answers_once(self, fault: Reaction, reason: str) -> None:
         async with setup(fault, says("one ", "two"), first="500ms" if fault is stalls else "5s") as on:
@@ -464,6 +487,17 @@ class TestKeys:
             answer = await on.ask("a/m")
             seen = answer.body.decode() + str(on.fallback.health()) + str(list(on.fallback.samples())) + str(answer.headers)
             assert "sk-" not in seen.replace("sk-first-0123456789 is limited", "")
+
+    def test_while_no_key_rests_the_target_is_tried_as_it_is(self) -> None:
+        """Nothing is built for it; the keys after the first are."""
+        keys = Keys(Clock())
+        target = Target(Provider("p", "openai", "http://x", "one", further_keys=("two", "three")), "m")
+        found = [keyed for _, keyed in keys.usable(target)]
+        assert found[0] is target
+        assert [keyed.provider.api_key for keyed in found] == ["one", "two", "three"]
+        assert [keyed.provider.further_keys for keyed in found] == [("two", "three"), ("three",), ()]
+        keys.rest(target.provider, 1, 60.0)
+        assert [keyed.provider.further_keys for _, keyed in keys.usable(target)] == [("three",), ()]
 
 
 class TestCircuit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -339,6 +340,19 @@ class TestBudget:
         assert [budgets.spend("t", 0.0) for _ in range(3)] == [True, True, False]
         assert not budgets.spend("t", 20.0)
         assert budgets.spend("t", 60.0)
+
+    @given(st.lists(st.floats(0, 10), max_size=100), st.floats(0, 60))
+    def test_requests_fade_as_they_age_to_a_sixtieth(self, pauses: list[float], later: float) -> None:
+        """Against the sum of the exact weights; those of one second count as if they had come at its beginning."""
+        budgets, moments, now = Budgets(1.0, 0), [], 0.0
+        for pause in pauses:
+            now += pause
+            budgets.requested("t", now)
+            moments.append(now)
+        now += later
+        exact = sum(math.exp((moment - now) / Budgets.FADE_SECONDS) for moment in moments)
+        allowed = sum(budgets.spend("t", now) for _ in range(len(moments) + 1))
+        assert exact * math.exp(-1 / 60) - 1 < allowed <= exact + 1e-6
 
     def test_each_target_has_its_own(self) -> None:
         budgets = Budgets(0.0, 1)

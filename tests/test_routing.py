@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +26,13 @@ def refusal(model: str, default: str | None = "openai") -> Refused:
     with pytest.raises(Refused) as caught:
         directory(default).resolve(model)
     return caught.value
+
+
+def test_a_targets_name_follows_what_it_is_made_of() -> None:
+    target = Target(OPENAI, "gpt-4o")
+    assert (target.name, str(target)) == ("openai/gpt-4o", "openai/gpt-4o")
+    assert replace(target, provider=GROQ).name == "groq/gpt-4o"
+    assert replace(target, model="x/y").name == "openai/x/y"
 
 
 def test_a_route_leads_to_its_targets_in_order() -> None:

@@ -1,6 +1,6 @@
 """A recorded reply, coming again: at once, as it came, or at so many chunks per second.
 
-Strategy: a replay is a plan, `[(seconds since the hit, offset)]`, and a generator that walks it and hands over slices of the
+Strategy: a replay is a plan, `[(seconds since the hit, offset)]`, and an iterator that walks it and hands over slices of the
 entry's events. Nothing is decoded, unless somebody looks at the chunks.
 The one rule: a wait can be ended from outside at any time: the relay releases the trailer's resources when it must stop.
 """
@@ -8,7 +8,7 @@ The one rule: a wait can be ended from outside at any time: the relay releases t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -108,21 +108,41 @@ class Pauses:
             self._waking.set_result(None)
 
 
-async def replay(entry: Entry, steps: Plan, pauses: Pauses | None, usage: Usage, trailer: Trailer) -> AsyncIterator[Batch]:
-    """The entry's batches. trailer: filled when the final one is handed over."""
-    if entry.whole:
-        if pauses is not None:
-            await pauses.until(steps[0][0])
-        yield _completion(entry, usage, trailer)
-        return
-    start, last = 0, len(steps) - 1
-    for number, (due, end) in enumerate(steps):
-        if pauses is not None:
-            await pauses.until(due)
-        if number == last:
-            _fill(trailer, entry, usage)
-        yield Replayed(entry.events[start:end], final=number == last)
-        start = end
+class Replay:
+    """The entry's batches, an async iterator. steps: see `plan`. trailer: filled when the final batch is handed over.
+
+    A class, because the event loop keeps a list of the generators that were started, at a microsecond each.
+    """
+
+    __slots__ = ("_entry", "_pauses", "_start", "_steps", "_trailer", "_usage")
+
+    def __init__(self, entry: Entry, steps: Plan, pauses: Pauses | None, usage: Usage, trailer: Trailer) -> None:
+        self._entry = entry
+        self._steps = steps[::-1]
+        self._pauses = pauses
+        self._usage = usage
+        self._trailer = trailer
+        self._start = 0
+
+    def __aiter__(self) -> Replay:
+        return self
+
+    async def __anext__(self) -> Batch:
+        if not self._steps:
+            raise StopAsyncIteration
+        if self._pauses is not None:
+            await self._pauses.until(self._steps[-1][0])
+        entry, start = self._entry, self._start
+        if entry.whole:
+            self._steps.clear()
+            return _completion(entry, self._usage, self._trailer)
+        _, self._start = self._steps.pop()
+        if not self._steps:
+            _fill(self._trailer, entry, self._usage)
+        return Replayed(entry.events[start : self._start], final=not self._steps)
+
+    async def aclose(self) -> None:
+        self._steps.clear()
 
 
 def _completion(entry: Entry, usage: Usage, trailer: Trailer) -> Batch:

@@ -85,8 +85,11 @@ class MemoryStore:
         self._cache = _Counted(max_bytes, clock)
 
     async def get(self, key: str) -> Found | None:
-        held = self._cache.get(key)
-        return Found(held.entry, max(0.0, self._clock() - held.since)) if held is not None else None
+        try:
+            held = self._cache[key]  # not `get`, which looks twice
+        except KeyError:
+            return None
+        return Found(held.entry, max(0.0, self._clock() - held.since))
 
     async def set(self, key: str, entry: Entry) -> bool:
         try:
