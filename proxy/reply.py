@@ -291,6 +291,9 @@ class Trailer:
         self._callbacks.clear()
 
 
+_new, _set = object.__new__, object.__setattr__
+
+
 @dataclass(frozen=True)
 class Reply:
     """An answer on its way. whole: the single batch holds one `chat.completion` (or embeddings) rather than chunks."""
@@ -299,6 +302,17 @@ class Reply:
     chunks: AsyncIterator[Batch]
     trailer: Trailer
     whole: bool = False
+
+    def with_head(self, **changes: Any) -> Reply:
+        """The same reply with its head altered. Every layer that has something to say does this: 0.55 us, where
+        `altered(reply, head=altered(reply.head, ...))` takes 0.7 and `replace` 4.
+        """
+        head, twin = _new(Head), _new(Reply)
+        _set(head, "__dict__", self.head.__dict__ | changes)
+        fields = self.__dict__.copy()
+        fields["head"] = head
+        _set(twin, "__dict__", fields)
+        return twin
 
     async def close(self, outcome: Outcome = Outcome.CANCELLED) -> None:
         """Give the reply up: its upstream is closed, its iterator is closed, its end callbacks run."""

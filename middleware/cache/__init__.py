@@ -105,8 +105,7 @@ class Cache:
         asked = call.extension(Asked)
         if asked is None:
             self._counts.bypass += 1
-            reply = await next(call)
-            return altered(reply, head=altered(reply.head, cache="bypass"))
+            return (await next(call)).with_head(cache="bypass")
         # What a caller's own provider key paid for is that caller's alone, also in a shared cache.
         shared = self._shared and not any(target.provider.callers_key for target in call.targets)
         key = cache_key(call, asked.routing, None if shared else call.principal.scope)
@@ -126,7 +125,7 @@ class Cache:
         keep = partial(self._keep, key)
         recorder = Recorder(call, reply, asked.ttl, began, most=self._most, worth=self._worth, clock=self._clock, keep=keep)
         chunks = tapped(reply.chunks, recorder.see, recorder.finish)
-        return altered(reply, head=altered(reply.head, cache=word), chunks=chunks)
+        return altered(reply.with_head(cache=word), chunks=chunks)
 
     async def _keep(self, key: str, entry: Entry) -> None:
         if await self._store.set(key, entry):

@@ -28,7 +28,21 @@ class Recorder:
     counts only where the upstream was not read for so long that nothing more came.
     """
 
-    __slots__ = ("_call", "_clock", "_final", "_keep", "_left", "_parts", "_reply", "_times", "_ttl", "_worth", "over")
+    __slots__ = (
+        "_began",
+        "_call",
+        "_clock",
+        "_final",
+        "_in_hand",
+        "_keep",
+        "_left",
+        "_parts",
+        "_reply",
+        "_times",
+        "_ttl",
+        "_worth",
+        "over",
+    )
 
     def __init__(
         self,
@@ -48,7 +62,8 @@ class Recorder:
         self._left = most
         self._parts: list[bytes] = []
         # The first batch is in hand when a reply is: it came before it is seen.
-        self._times = array("d", (began, clock()))
+        self._began, self._in_hand = began, clock()
+        self._times = array("d")
         self._final: Batch | None = None
 
     def see(self, batch: Batch) -> Batch:
@@ -60,9 +75,8 @@ class Recorder:
         if self._left < 0:
             self._give_up()
             return batch
-        if self._parts:
-            self._times.append(self._clock())
         self._parts.append(events)
+        self._times.append(self._clock())
         if batch.final:
             self._final = batch
         return batch
@@ -84,6 +98,7 @@ class Recorder:
     def _entry(self, final: Batch) -> Entry:
         call, head, trailer, whole = self._call, self._reply.head, self._reply.trailer, self._reply.whole
         ends = array("Q", accumulate(map(len, self._parts)))
+        came = (self._began, self._in_hand, *self._times[1:])
         return Entry(
             key_name=call.principal.name,
             name=call.name,
@@ -92,7 +107,7 @@ class Recorder:
             whole=whole,
             events=b"".join(self._parts),
             ends=ends,
-            gaps=array("d", [later - earlier for earlier, later in pairwise(self._times)]),
+            gaps=array("d", [later - earlier for earlier, later in pairwise(came)]),
             finish=ends[-1] - (0 if whole else _finish_size(final)),
             chunks=trailer.chunks,
             usage=orjson.dumps(trailer.usage) if trailer.usage is not None else None,

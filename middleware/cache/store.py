@@ -73,7 +73,8 @@ class _Counted(TLRUCache[str, _Held, float]):
 
     def expire(self, time: float | None = None) -> Any:
         found = super().expire(time)
-        self.evictions["expired"] += len(found)
+        if found:
+            self.evictions["expired"] += len(found)
         return found
 
 

@@ -84,7 +84,7 @@ class Attempts:
 
     def answered(self, reply: Reply) -> Reply:
         """The reply, with the tries before it."""
-        return altered(reply, head=altered(reply.head, tries=self.tries + reply.head.tries)) if self.tries else reply
+        return reply.with_head(tries=self.tries + reply.head.tries) if self.tries else reply
 
     def due(self, delay: float | None) -> float | None:
         """Seconds until the current target is late: `delay`, or its own p95; None where that is not known."""

@@ -120,7 +120,7 @@ class Retry:
                     raise
                 self._retries[reason(error)] += 1
             else:
-                return altered(reply, head=altered(reply.head, tries=tries + reply.head.tries)) if tries else reply
+                return reply.with_head(tries=tries + reply.head.tries) if tries else reply
             await self.sleep(wait)
             started = self.clock()
             attempt += 1
