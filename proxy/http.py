@@ -29,10 +29,12 @@ class Request:
     The connection feeds the body as it comes; `body` waits for it. missing: bytes that have not come yet.
     """
 
-    __slots__ = ("_discard", "_parts", "_query", "_waiter", "delivery", "headers", "length", "method", "missing", "path")
+    __slots__ = (
+        "_discard", "_parts", "_waiter", "delivery", "headers", "length", "method", "missing", "path", "query_string",
+    )  # fmt: skip
 
     def __init__(self, method: str, target: str, headers: Mapping[str, str], delivery: Delivery, length: int) -> None:
-        path, _, self._query = target.partition("?")
+        path, _, self.query_string = target.partition("?")
         self.method = method
         self.path = unquote(path) if "%" in path else path
         self.headers = headers
@@ -44,7 +46,7 @@ class Request:
 
     @property
     def query(self) -> Mapping[str, str]:
-        return dict(parse_qsl(self._query, keep_blank_values=True))
+        return dict(parse_qsl(self.query_string, keep_blank_values=True))
 
     def feed(self, data: bytes) -> bytes:
         """Bytes of the body; returns what is beyond it."""

@@ -66,9 +66,20 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streamed(Answer):
+    """A reply that an endpoint answers with, written out as that of any call. call: says in which form."""
+
+    call: Call
+    reply: Reply
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A path that a middleware serves. admin: only for principals with `admin`, or on server.admin_listen.
+    """A path that a middleware serves; its last segment may be `{id}`, which stands for any one.
+
+    admin: only for principals with `admin`, or on server.admin_listen. signed: a URL with a `token` needs no key; the handler
+    looks at the token.
 
     merge: whose answer it is where several workers run. `one`: that of the worker that was asked. `sum`: all are asked, and the
     numbers of their JSON are added up. `each`: all are asked, and their JSON is listed. Where nothing is said: `each` for GET and
@@ -80,6 +91,7 @@ class Endpoint:
     handler: Callable[[Query], Awaitable[Answer]]
     admin: bool = False
     merge: Merge | None = None
+    signed: bool = False
 
 
 async def ask_one(point: Endpoint, query: Query) -> Answer:

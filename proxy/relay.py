@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 import orjson
 import structlog
@@ -25,6 +26,8 @@ from proxy.fold import fold, unfold
 from proxy.reply import Batch, Completion, Flow, Reply, flow_of
 
 log = structlog.get_logger("penstock")
+
+Json = dict[str, Any]
 
 STALL_SECONDS = 1.0
 STREAM_HEADERS = {
@@ -70,7 +73,9 @@ class Relay:
         deadline = self._call.deadline
         timer = None if deadline is None else asyncio.get_running_loop().call_at(deadline, self._too_late)
         try:
-            if self._call.stream and self._call.kind != "embeddings":
+            if self._reply.head.status != 200:
+                await self._own_answer(headers)
+            elif self._call.stream and self._call.kind != "embeddings":
                 await self._stream(headers)
             else:
                 await self._whole(headers)
@@ -92,9 +97,15 @@ class Relay:
     def _too_late(self) -> None:
         self.interrupt(UpstreamTimeout("total", self._call.limits.total or 0.0))
 
+    async def _own_answer(self, headers: Mapping[str, str]) -> None:
+        """What a middleware answers by itself."""
+        await self._json(self._reply.head.status, await self._completion(), headers)
+
     async def _whole(self, headers: Mapping[str, str]) -> None:
-        body = orjson.dumps(self._face.whole(await self._completion()))
-        self._delivery.whole(Response(200, body, {**headers, "Content-Type": "application/json"}))
+        await self._json(200, self._face.whole(await self._completion()), headers)
+
+    async def _json(self, status: int, body: Json, headers: Mapping[str, str]) -> None:
+        self._delivery.whole(Response(status, orjson.dumps(body), {**headers, "Content-Type": "application/json"}))
         if self._delivery.congested:
             await self._drained()
         self._end(Outcome.COMPLETED)
@@ -219,7 +230,12 @@ class Relay:
         """The error chunk instead of an end; the connection is closed behind it."""
         self._end(error.outcome, error)
         self._delivery.close = True
-        self._delivery.end(self._face.failure(error, self._call, self._sent.chunks[-1] if self._sent else None))
+        sent = self._sent
+        if sent is None:
+            self._delivery.end(self._face.failure(error, self._call, None))
+        else:
+            number = None if sent.number is None else sent.number + len(sent.chunks)
+            self._delivery.end(self._face.failure(error, self._call, sent.chunks[-1], number))
 
     def _end(self, outcome: Outcome, error: GatewayError | None = None) -> None:
         self._reply.trailer.end(outcome, error)

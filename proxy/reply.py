@@ -43,15 +43,21 @@ class Batch:
     items: chunks, or chunks that are already encoded as complete events (`data: {json}` and a blank line, as bytes; several in a
     `Run`): most of a stream's chunks are never looked at by anyone, and then need not be decoded.
     final: it holds the finish chunks, and nothing follows it; the relay writes it together with usage and `[DONE]`.
+    number: the `id:` of its first event, where the events of a stream are numbered (1, 2, 3…, so that a client can go on).
     """
 
-    __slots__ = ("_chunks", "_sse", "final", "items")
+    __slots__ = ("_chunks", "_sse", "final", "items", "number")
 
-    def __init__(self, items: Sequence[Item], *, final: bool = False) -> None:
+    def __init__(self, items: Sequence[Item], *, final: bool = False, number: int | None = None) -> None:
         self.items = items
         self.final = final
+        self.number = number
         self._chunks: list[Chunk] | None = None
         self._sse: bytes | None = None
+
+    def numbered(self, number: int) -> Batch:
+        """The same batch, its events numbered from `number` on."""
+        return Batch(self.items, final=self.final, number=number)
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -63,7 +69,7 @@ class Batch:
     def sse(self) -> bytes:
         """The batch as server-sent events, encoded at most once, however many write it."""
         if self._sse is None:
-            self._sse = sse_events(self.items)
+            self._sse = sse_events(self.items, self.number)
         return self._sse
 
 
@@ -71,15 +77,27 @@ def _decoded(item: Item) -> list[Chunk]:
     if type(item) is bytes:
         return [orjson.loads(item[6:-2])]
     if isinstance(item, Run):
-        # JSON has no raw line break, so a blank line only stands between events.
-        return [orjson.loads(event[6:]) for event in item.split(b"\n\n")[:-1]]
+        return [orjson.loads(event[6:]) for event in single_events(item)]
     return [item]  # type: ignore[list-item]
 
 
-def sse_events(items: Iterable[Item]) -> bytes:
-    """`data: {json}`, blank line, for each chunk (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+def sse_events(items: Iterable[Item], number: int | None = None) -> bytes:
+    """`data: {json}`, blank line, for each chunk (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+
+    number: of the first event; the others count on from there.
+    """
     dumps = orjson.dumps
-    return b"".join([item if isinstance(item, bytes) else b"data: %b\n\n" % dumps(item) for item in items])
+    events = [item if isinstance(item, bytes) else b"data: %b\n\n" % dumps(item) for item in items]
+    if number is None:
+        return b"".join(events)
+    if any(type(event) is Run for event in events):
+        events = [single for event in events for single in single_events(event)]
+    return b"".join([b"id: %d\n%b" % numbered for numbered in enumerate(events, number)])
+
+
+def single_events(events: bytes) -> list[bytes]:
+    """The single events of a run; JSON has no raw line break, so a blank line only stands between them."""
+    return [event + b"\n\n" for event in events.split(b"\n\n")[:-1]]
 
 
 Receive = Callable[[Batch], None]
@@ -226,6 +244,8 @@ class Head:
     headers: to be passed on to the client (rate limits of the upstream). dropped: request parameters that the target's wire
     could not carry. tries: the attempts that failed before the one that answered. upstream_seconds: from sending to the first
     chunk. cache: `hit`, `miss`, `bypass` or `joined`; None where no cache looked. age: seconds since a hit was stored.
+    status: other than 200 only where a middleware answers by itself, with a JSON body of its own (`Reply.whole`) that goes out as
+    it is, also to a client that streams.
     """
 
     target: str
@@ -235,6 +255,7 @@ class Head:
     upstream_seconds: float = 0.0
     cache: str | None = None
     age: float | None = None
+    status: int = 200
     extensions: Mapping[type, object] = field(default_factory=dict)
 
 

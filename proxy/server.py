@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from proxy.delivery import Response
 from proxy.errors import Draining, GatewayError, Outcome, Refused, UpstreamTimeout, why_cancelled
 from proxy.faces import FACES, Face
 from proxy.http import Request, allow, check_json, error_response, head_headers, json_response
-from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query, ask_one
+from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query, Streamed, ask_one
 from proxy.relay import Relay
 from proxy.reply import Reply
 from proxy.routing import Directory
@@ -37,6 +37,7 @@ T = TypeVar("T")
 BASES = ("", "/v1", "/v2", "/api/v1", "/v2/proxy", "/v2/router", "/v3/router")
 ENDPOINTS: Mapping[str, Face] = {base + path: face for base in BASES for path, face in FACES.items()}
 MODELS = tuple(base + "/models" for base in BASES)
+FACES_BY_KIND: Mapping[str, Face] = {face.KIND: face for face in FACES.values()}
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 OPERATOR = Principal("operator", admin=True)
 
@@ -76,7 +77,7 @@ class Edge:
         self._layers = layers
         self._authenticate = next((found for layer in layers if (found := getattr(layer, "authenticate", None))), None)
         self._allows = next((found for layer in layers if (found := getattr(layer, "allows", None))), None)
-        self._endpoints = {point.path: point for layer in layers for point in getattr(layer, "endpoints", ())}
+        self._endpoints = _by_path(point for layer in layers for point in getattr(layer, "endpoints", ()))
         self._ask = ask
         self._readers = Readers.of(layers)
         self._refused = [layer.refused for layer in layers if hasattr(layer, "refused")]
@@ -133,11 +134,13 @@ class Edge:
             allow(request, "GET", "HEAD")
             return self._health(path)
         self._check_host(headers.get("host", ""), self._settings.loopback_only)
+        if point := self._signed(request):
+            return await self._serve(point, request, headers, ANYBODY)
         principal = self._authenticate(headers) if self._authenticate is not None else ANYBODY
         if face := ENDPOINTS.get(path):
             allow(request, "POST")
             return await self._call(request, headers, identity, face, principal)
-        if point := self.point(path):
+        if point := self.point(path, request.method):
             return await self._serve(point, request, headers, principal)
         for models in MODELS:
             if path == models or path.startswith(models + "/"):
@@ -151,28 +154,45 @@ class Edge:
             response = await self._dispatch_admin(request)
         except GatewayError as error:
             response = error_response(error, request_id(request.headers))
-        request.delivery.whole(response)
+        if response is not None:
+            request.delivery.whole(response)
 
-    async def _dispatch_admin(self, request: Request) -> Response:
+    async def _dispatch_admin(self, request: Request) -> Response | None:
         self._check_host(request.headers.get("host", ""), self._settings.admin_loopback_only)
         if request.path in ("/healthz", "/readyz") and "verbose" not in request.query:
             allow(request, "GET", "HEAD")
             return self._health(request.path)
-        if point := self.point(request.path):
+        if point := self.point(request.path, request.method):
             return await self._serve(point, request, request.headers, OPERATOR)
         raise Refused(f"There is nothing at {request.path[:200]} on the admin address.", status=404, code="unknown_path")
 
-    def point(self, path: str) -> Endpoint | None:
-        """The endpoint at a path, if one is there."""
-        return Endpoint("GET", path, self._verbose, admin=True) if path == "/readyz" else self._endpoints.get(path)
+    def point(self, path: str, method: str = "GET") -> Endpoint | None:
+        """The endpoint at a path that takes this method, or any that is there."""
+        if path == "/readyz":
+            return Endpoint("GET", path, self._verbose, admin=True)
+        found = self._endpoints.get(path) or self._endpoints.get(path.rpartition("/")[0] + "/{id}")
+        if found is None:
+            return None
+        return found.get(method) or found.get("GET" if method == "HEAD" else "") or next(iter(found.values()))
 
-    async def _serve(self, point: Endpoint, request: Request, headers: Mapping[str, str], principal: Principal) -> Response:
+    def _signed(self, request: Request) -> Endpoint | None:
+        """The endpoint that looks at the token in this URL instead of at a key."""
+        if "token" not in request.query_string or (point := self.point(request.path, request.method)) is None:
+            return None
+        return point if point.signed and "token" in request.query else None
+
+    async def _serve(
+        self, point: Endpoint, request: Request, headers: Mapping[str, str], principal: Principal
+    ) -> Response | None:
         """An endpoint of a middleware. Where nobody authenticates, everybody on the loopback port may use it."""
         allow(request, point.method, *(("HEAD",) if point.method == "GET" else ()))
         if point.admin and self._authenticate is not None and not principal.admin:
             raise Refused("This needs a key with admin: true.", status=403, code="admin_only", type="permission_error")
         body = await self._body(request) if point.method != "GET" else b""
         answer = await self._ask(point, Query(request.method, request.path, request.query, headers, body, principal))
+        if isinstance(answer, Streamed):
+            await self._relayed(request, answer.call, answer.reply, FACES_BY_KIND[answer.call.kind], 0.0)
+            return None
         fields = {"Server": "penstock", "Content-Type": answer.content_type, **answer.headers}
         return Response(answer.status, answer.body, fields)
 
@@ -233,8 +253,7 @@ class Edge:
             call = admit(body, face.KIND, headers, self._directory, self._settings.defaults, identity, principal, self._readers)
             try:
                 reply = await self._unless_ended(self._handler(call) if call.deadline is None else self._in_time(call))
-                relay = self._active[task] = Relay(request.delivery, call, reply, face, self._settings.write_timeout)
-                await relay.run(head_headers(call, reply.head, time.perf_counter() - started))
+                await self._relayed(request, call, reply, face, time.perf_counter() - started)
                 return None
             except GatewayError as error:
                 return error_response(error, identity)
@@ -242,6 +261,14 @@ class Edge:
             del self._active[task]
             if not self._active:
                 self._idle.set()
+
+    async def _relayed(self, request: Request, call: Call, reply: Reply, face: Face, seconds: float) -> None:
+        """The reply, written out to its end. Raises GatewayError as long as nothing was sent."""
+        relay = Relay(request.delivery, call, reply, face, self._settings.write_timeout)
+        task = asyncio.current_task()
+        if task in self._active:
+            self._active[task] = relay
+        await relay.run(head_headers(call, reply.head, seconds))
 
     async def _in_time(self, call: Call) -> Reply:
         """The pipeline's reply, before the call's deadline."""
@@ -289,3 +316,11 @@ class Edge:
                 task.cancel(Outcome.DRAINING)
             else:
                 relay.interrupt(Draining("The gateway is shutting down."))
+
+
+def _by_path(points: Iterable[Endpoint]) -> dict[str, dict[str, Endpoint]]:
+    """Endpoints by path, then by method."""
+    found: dict[str, dict[str, Endpoint]] = {}
+    for point in points:
+        found.setdefault(point.path, {})[point.method] = point
+    return found

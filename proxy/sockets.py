@@ -77,7 +77,7 @@ class _Read(Request):
         modern = request.version >= (1, 1)
         delivery = Delivery(_Written(request), chunked=modern, bodiless=request.method == "HEAD", close=not request.keep_alive)
         super().__init__(request.method, "", request.headers, delivery, request.content_length or 0)
-        self.path, self._query = request.path, request.query_string
+        self.path, self.query_string = request.path, request.query_string
         self.missing = self.length or 1  # it may have a body of unknown length; `body` finds out
         self._request = request
 

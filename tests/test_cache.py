@@ -20,14 +20,14 @@ from openai import AsyncOpenAI
 from middleware.cache import Cache
 from middleware.cache.entry import Entry
 from middleware.cache.recorder import Recorder
-from middleware.cache.replay import Replayed, split
+from middleware.cache.replay import Replayed
 from middleware.cache.store import MemoryStore
 from proxy.app import Gateway
 from proxy.call import Call, Principal
 from proxy.errors import GatewayError, Outcome, Refused, UpstreamCut
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Handler, Sample, compose
-from proxy.reply import Batch, Head, Reply, Trailer
+from proxy.reply import Batch, Head, Reply, Trailer, single_events
 from tests.support import gateway as gate
 from tests.support.decoding import make_call
 from tests.support.gateway import ask, chat, until
@@ -898,7 +898,7 @@ async def test_draining_ends_a_replay_with_an_error_chunk() -> None:
 def test_a_replayed_batch_is_taken_apart_only_when_somebody_looks() -> None:
     batch = Replayed(A + B)
     assert batch.sse() == A + B
-    assert split(batch.sse()) == [A, B]
+    assert single_events(batch.sse()) == [A, B]
     assert batch.items == [A, B]
     assert batch.chunks == [chunk("a"), chunk("b")]
     final = Replayed(A + Batch([END]).sse(), final=True)

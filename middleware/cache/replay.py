@@ -17,7 +17,7 @@ import orjson
 from middleware.cache.asked import Pace, Usage
 from middleware.cache.entry import Entry
 from proxy.errors import GatewayError
-from proxy.reply import Batch, Item, Trailer
+from proxy.reply import Batch, Item, Trailer, single_events
 
 Plan = list[tuple[float, int]]
 
@@ -43,6 +43,7 @@ class Replayed(Batch):
         self._sse = events
         self._chunks = None
         self.final = final
+        self.number = None
 
     def __getattr__(self, name: str) -> Any:
         # Only asked for a slot that is still empty: `items` is filled by the first who wants it.
@@ -52,16 +53,11 @@ class Replayed(Batch):
         return self.items
 
     def _taken_apart(self) -> list[Item]:
-        items: list[Item] = [*split(self._sse or b"")]
+        items: list[Item] = [*single_events(self._sse or b"")]
         if self.final and items:
             # Usage goes on or behind the last chunk, which therefore must be one.
             items[-1] = orjson.loads(items[-1][6:-2])  # type: ignore[index]
         return items
-
-
-def split(events: bytes) -> list[bytes]:
-    """The single events; JSON has no raw line break, so a blank line only stands between them."""
-    return [event + b"\n\n" for event in events.split(b"\n\n")[:-1]]
 
 
 def plan(entry: Entry, pace: Pace) -> Plan:
@@ -71,7 +67,7 @@ def plan(entry: Entry, pace: Pace) -> Plan:
         return list(zip(accumulate(entry.gaps), entry.ends, strict=True))
     if pace == "instant":
         return [(0.0, entry.finish), (0.0, end)] if entry.finish else [(0.0, end)]
-    ends = list(accumulate(map(len, split(entry.events[: entry.finish]))))
+    ends = list(accumulate(map(len, single_events(entry.events[: entry.finish]))))
     return [(number / pace, at) for number, at in enumerate([*ends, end])]
 
 

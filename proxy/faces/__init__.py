@@ -6,7 +6,7 @@ A face is pure: no I/O, no clock. It has
     check(body)                                 the shape of a request of this face; raises Refused with the path
     events(batch) -> bytes                      a batch as server-sent events
     last(batch, trailer, options) -> bytes      the finish chunks, the usage (where asked for), and `[DONE]`, in one piece
-    failure(error, ...) -> bytes                the error chunk of a stream that did not complete
+    failure(error, ...) -> bytes                the error chunk of a stream that did not complete; number: its `id:`, if any
     whole(completion) -> Json                   a reply that is not streamed
 
 The one rule: inside the gateway every reply is a chat reply; a face only rewrites it on the way out.
@@ -36,7 +36,7 @@ class Face(Protocol):
 
     def last(self, batch: Batch, trailer: Trailer, options: Options) -> bytes: ...
 
-    def failure(self, error: GatewayError, call: Call, sent: Chunk | None) -> bytes: ...
+    def failure(self, error: GatewayError, call: Call, sent: Chunk | None, number: int | None = None) -> bytes: ...
 
     def whole(self, completion: Completion) -> Json: ...
 

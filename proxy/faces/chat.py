@@ -37,10 +37,10 @@ def events(batch: Batch) -> bytes:
 
 def last(batch: Batch, trailer: Trailer, options: Options) -> bytes:
     """The end of a stream: finish chunks, usage where the client asked for it, `[DONE]`."""
-    return ending(batch.items, trailer, options)
+    return ending(batch.items, trailer, options, batch.number)
 
 
-def ending(chunks: Sequence[Item], trailer: Trailer, options: Options) -> bytes:
+def ending(chunks: Sequence[Item], trailer: Trailer, options: Options, number: int | None = None) -> bytes:
     """Finish chunks in a face's form, with usage beside or behind them; the chunks may be shared and stay as they are."""
     usage = trailer.usage
     last = chunks[-1] if chunks else None
@@ -51,13 +51,14 @@ def ending(chunks: Sequence[Item], trailer: Trailer, options: Options) -> bytes:
     elif options.include_usage:
         kept = {name: last[name] for name in ("id", "object", "created", "model")}
         chunks = [*chunks, {**kept, "choices": [], "usage": usage}]
-    return sse_events(chunks) + DONE
+    return sse_events([*chunks, DONE], number)
 
 
-def failure(error: GatewayError, call: Call, sent: Chunk | None) -> bytes:
+def failure(error: GatewayError, call: Call, sent: Chunk | None, number: int | None = None) -> bytes:
     """The error chunk. sent: the last chunk that went out, whose id and time it shares."""
     choices = [{"index": index, "delta": {}, "finish_reason": "error"} for index in range(choices_asked(call))]
-    return sse_events([{**envelope(call, sent, "chat.completion.chunk"), "error": error.envelope(), "choices": choices}])
+    chunk = {**envelope(call, sent, "chat.completion.chunk"), "error": error.envelope(), "choices": choices}
+    return sse_events([chunk], number)
 
 
 def choices_asked(call: Call) -> int:

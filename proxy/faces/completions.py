@@ -28,18 +28,19 @@ def check(body: Json) -> None:
 
 
 def events(batch: Batch) -> bytes:
-    return sse_events([_text_chunk(chunk) for chunk in batch.chunks])
+    return sse_events([_text_chunk(chunk) for chunk in batch.chunks], batch.number)
 
 
 def last(batch: Batch, trailer: Trailer, options: Options) -> bytes:
-    return chat.ending([_text_chunk(chunk) for chunk in batch.chunks], trailer, options)
+    return chat.ending([_text_chunk(chunk) for chunk in batch.chunks], trailer, options, batch.number)
 
 
-def failure(error: GatewayError, call: Call, sent: Chunk | None) -> bytes:
+def failure(error: GatewayError, call: Call, sent: Chunk | None, number: int | None = None) -> bytes:
     choices = [
         {"index": index, "text": "", "logprobs": None, "finish_reason": "error"} for index in range(chat.choices_asked(call))
     ]
-    return sse_events([{**chat.envelope(call, sent, "text_completion"), "error": error.envelope(), "choices": choices}])
+    chunk = {**chat.envelope(call, sent, "text_completion"), "error": error.envelope(), "choices": choices}
+    return sse_events([chunk], number)
 
 
 def whole(completion: Completion) -> Json:

@@ -32,7 +32,7 @@ def last(batch: Batch, trailer: Trailer, options: Options) -> bytes:
     raise NotImplementedError("embeddings are not streamed")
 
 
-def failure(error: GatewayError, call: Call, sent: Chunk | None) -> bytes:
+def failure(error: GatewayError, call: Call, sent: Chunk | None, number: int | None = None) -> bytes:
     raise NotImplementedError("embeddings are not streamed")
 
 
