@@ -115,7 +115,7 @@ def test_every_fault_comes_out_at_once_in_the_order_of_the_file() -> None:
 server:
   port: 70000
   max_bodi: 1MiB
-  workers: 4
+  workers: 400
   drain_timeout: soon
 default_provider: opnai
 providers:
@@ -142,7 +142,7 @@ extra: 1
     assert faults(text) == [
         "server.port (line 2): must be from 0 to 65535",
         "server.max_bodi (line 3): unknown key; did you mean 'max_body'?",
-        "server.workers (line 4): must be 1; more workers are not yet supported",
+        "server.workers (line 4): must be from 1 to 64",
         "server.drain_timeout (line 5): must be a duration such as 500ms, 30s, 5m, 1h or a plain number of seconds",
         "default_provider (line 6): there is no provider 'opnai'; did you mean 'openai'?",
         "providers.openai.base_url (line 8): is required for api: openai",

@@ -1,4 +1,4 @@
-"""What several workers answer, made one: pages of metrics (held against prometheus_client's own parser), JSON; limits' parts."""
+"""What several workers answer, made one (pages of metrics are held against prometheus_client's parser); limits in parts."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ from middleware.limits import Limited, Limits
 from middleware.limits.bounds import estimated_input, wanted_output
 from middleware.limits.meters import Meters
 from middleware.limits.subjects import IDLE_SECONDS, Subjects
-from proxy.call import Call, Principal
+from proxy.call import Call, Principal, Route
 from proxy.config import ConfigError
 from proxy.errors import Outcome, Refused, UpstreamError
 from proxy.own_fields import OwnFields
-from proxy.pipeline import Handler
+from proxy.pipeline import Handler, Surroundings
 from proxy.reply import Batch, Head, Reply, Trailer
 from tests.support.decoding import make_call
 from tests.support.gateway import Answer, RawClient, ask, chat, gateway, raw_request, until
@@ -98,6 +98,18 @@ class TestRequests:
         assert await admitted(limits, call, 5) == 1
         clock.now += 3600
         assert await admitted(limits, call, 20) == 6
+
+    async def test_several_workers_let_in_together_what_one_would(self, clock: Clock) -> None:
+        """Requests and slots, of the config and of the key's own entry."""
+        got_in = []
+        for worker in range(3):
+            limits = Limits(per_identity={"concurrent": 4})
+            limits.attach(Surroundings([limits], lambda model: Route(None, ()), {}, workers=3, worker=worker))
+            got_in.append((
+                await admitted(limits, call_of(facts={"limits": {"requests_per_minute": 8}}), 20),
+                await admitted(limits, call_of(identity="anna"), 20),
+            ))  # fmt: skip
+        assert got_in == [(3, 2), (3, 1), (2, 1)]
 
     async def test_the_refusal_says_whose_limit_it_was_and_when_to_return(self, clock: Clock) -> None:
         limits = Limits(per_identity={"requests_per_minute": 2})

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from middleware.retry import NEVER, Retry, may_repeat
 from middleware.retry.budget import MAX_TARGETS, Budgets
 from middleware.retry.hints import hinted_seconds, seconds_until
-from proxy.call import Call, Limits
+from proxy.call import Call, Limits, Route
 from proxy.errors import (
     Draining,
     GatewayError,
@@ -32,6 +32,7 @@ from proxy.errors import (
     UpstreamUnreachable,
 )
 from proxy.own_fields import OwnFields
+from proxy.pipeline import Surroundings
 from proxy.reply import Batch, Head, Reply, Trailer, Try
 from proxy.transport import UpstreamRequest
 from proxy.upstream import HttpTransport
@@ -353,6 +354,15 @@ class TestBudget:
         exact = sum(math.exp((moment - now) / Budgets.FADE_SECONDS) for moment in moments)
         allowed = sum(budgets.spend("t", now) for _ in range(len(moments) + 1))
         assert exact * math.exp(-1 / 60) - 1 < allowed <= exact + 1e-6
+
+    def test_several_workers_divide_the_floor(self) -> None:
+        """The share is of what each is asked, so it is divided already."""
+        allowed = []
+        for worker in range(2):
+            retry = Retry(budget=0.0, floor=3)
+            retry.attach(Surroundings([retry], lambda model: Route(None, ()), {}, workers=2, worker=worker))
+            allowed.append(sum(retry._budgets.spend("t", 0.0) for _ in range(9)))
+        assert allowed == [2, 1]
 
     def test_each_target_has_its_own(self) -> None:
         budgets = Budgets(0.0, 1)

@@ -227,6 +227,7 @@ async def _written(page: Page) -> bytes:
 
 
 def _head(query: Query) -> dict[str, Any]:
+    """All of a question but its body; headers by lower-case name."""
     who = query.principal
     principal = {"name": who.name, "admin": who.admin, "scope": who.scope, "facts": dict(who.facts)}
     headers = {name.lower(): value for name, value in query.headers.items()}

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
-from proxy.app import bound, cannot_listen, greet
+from proxy.app import bound, cannot_listen, greet, settle_memory
 from proxy.config import Config
 from proxy.workers.listening import Ports
 from proxy.workers.restarts import Restarts
@@ -84,9 +84,10 @@ class Supervisor:
         # The workers hold the reading end: it ends when this process does, however it does.
         self._lifeline, self._life = os.pipe()
         self._heard, self._beats = os.pipe()
+        settle_memory()
         try:
             with _signals() as self._signals:
-                self._timers.enter(1.0, 0, self._watch)
+                self._watch()
                 for slot in self._slots:
                     self._start(slot)
                 while not self._done():
@@ -178,7 +179,7 @@ class Supervisor:
             if slot.process is not None and time.monotonic() - slot.heard > self._silent:
                 self._say(f"worker {slot.number} (pid {slot.process.pid}) has stood still for {self._silent:g} s")
                 slot.process.kill()
-        self._timers.enter(1.0, 0, self._watch)
+        self._timers.enter(self._silent / 30, 0, self._watch)
 
     # The end
 
