@@ -91,8 +91,19 @@ async def test_the_other_worker_sees_the_same_question(pair: Pair) -> None:
 
 async def test_get_lists_what_each_worker_says_with_the_worst_status(pair: Pair) -> None:
     pair.serve("/admin/x", said({"a": 1}), said([7], 503), method="GET")
+    for number in range(2):
+        answer = await pair.ask(number, "/admin/x")
+        assert (answer.status, json.loads(answer.body)) == (
+            503,
+            {"workers": [{"worker": 0, "a": 1}, {"worker": 1, "answer": [7]}]},
+        )
+
+
+async def test_what_one_cannot_do_the_others_are_not_asked(pair: Pair) -> None:
+    pair.serve("/admin/x", said({"why": "full"}, 507), said({"deleted": 1}))
     answer = await pair.ask(0, "/admin/x")
-    assert (answer.status, json.loads(answer.body)) == (503, {"workers": [{"worker": 0, "a": 1}, {"worker": 1, "answer": [7]}]})
+    assert (answer.status, json.loads(answer.body)) == (507, {"why": "full"})
+    assert len(pair.asked) == 1
 
 
 OWN_WORDS: list[tuple[dict[str, Any], int]] = [

@@ -275,7 +275,7 @@ async def test_a_worker_that_does_not_answer_is_reported_and_not_waited_for(shar
     assert summed(page, "penstock_requests_total") == before, "its counts are known from its last page"
     assert [summed(page, "penstock_worker_up", worker=number) for number in "01"] == [1, 0]
     assert json.loads(cleared)["workers_not_reached"] == [1]
-    assert json.loads(state)["workers"][1] == {"worker": 1, "error": "no answer within 1 s"}
+    assert json.loads(state)["workers"][1] == {"worker": 1, "error": "does not answer"}
 
 
 async def test_connections_that_wait_for_a_killed_worker_are_taken_by_its_successor(shared: Served) -> None:

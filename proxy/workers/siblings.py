@@ -68,7 +68,7 @@ class Siblings:
         """The answer of all workers. Raises what this one's handler raises, before any other is asked."""
         own = await self._own(point, query)
         merge = _merge(point)
-        if merge == "one" or own.status >= 400:
+        if merge == "one" or (own.status >= 400 and merge != "each"):
             return own
         found = await asyncio.gather(*(self._other(other, query) for other in self._others))
         answers = dict(sorted([(self._number, own), *zip(self._others, found, strict=True)]))
@@ -199,7 +199,7 @@ def _summed(own: Answer, answers: Mapping[int, Answer | None]) -> Answer:
 
 def _listed(own: Answer, answers: Mapping[int, Answer | None]) -> Answer:
     """`{"workers": [{"worker": 0, …}, {"worker": 1, "error": …}]}`, with the worst status of all."""
-    silent = {"error": f"no answer within {PATIENCE_SECONDS:g} s"}
+    silent = {"error": "does not answer"}
     found = []
     for number, answer in answers.items():
         said = silent if answer is None else _json(answer)
