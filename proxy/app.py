@@ -97,15 +97,16 @@ class Gateway:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._stop()
 
-    async def drain(self) -> None:
+    async def drain(self, leave: Callable[[], None] = lambda: None) -> None:
         """Stop accepting, let streams finish for `drain_timeout`, end the rest as `draining`.
 
-        The admin address stays until the end, so that operators see the streams finish.
+        The admin address stays until the end, so that operators see the streams finish. leave: called before the listeners close.
         """
         server = self.config.server
         self.edge.not_ready()
         await asyncio.sleep(server.drain_delay)
         self.edge.draining = True
+        leave()
         for site in self._sites:
             await site.stop()
         if not await self.edge.drained(server.drain_timeout):

@@ -59,7 +59,7 @@ async def _serve(config: Config, place: Place) -> None:
         beating = asyncio.create_task(_beat(place))
         handing = asyncio.create_task(_hand_over(siblings))
         await told.stop.wait()
-        draining = asyncio.create_task(_drain(gateway, config, place))
+        draining = asyncio.create_task(gateway.drain(lambda: leave(place.sockets)))
         hurrying = asyncio.create_task(told.hurry.wait())
         await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
         for task in (draining, hurrying, handing, beating):
@@ -68,14 +68,6 @@ async def _serve(config: Config, place: Place) -> None:
         await siblings.hand_over()
     if told.orphaned:
         shutil.rmtree(place.directory, ignore_errors=True)
-
-
-async def _drain(gateway: Gateway, config: Config, place: Place) -> None:
-    leaving = asyncio.get_running_loop().call_later(config.server.drain_delay, leave, place.sockets)
-    try:
-        await gateway.drain()
-    finally:
-        leaving.cancel()
 
 
 class _Told:
