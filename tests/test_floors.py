@@ -21,7 +21,7 @@ PACKAGES = ("proxy", "middleware")
 # A name that ends in `.*` stands for everything in that folder. `proxy` itself (the version) lies below everything.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("proxy",),
-    ("proxy.errors", "proxy.call", "proxy.units"),
+    ("proxy.errors", "proxy.call", "proxy.units", "proxy.timers"),
     ("proxy.reply", "proxy.transport"),
     (
         "proxy.sse", "proxy.pipeline", "proxy.routing", "proxy.chunks", "proxy.faults", "proxy.fold", "proxy.prompt",
