@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import functools
 import json
 import logging
 import sys
@@ -61,7 +62,12 @@ class _Straight(structlog.BoundLoggerBase):
     (5 us instead of 11)."""
 
     def info(self, event: str, **facts: Any) -> None:
-        self._logger.info(_render(self._logger, "info", _stamp(self._logger, "info", {**facts, "event": event})))
+        self._logger.info(_rendered({"time": _now(), "level": "info", **facts, "event": event}))
+
+    def whole(self, line: EventDict) -> None:
+        """`info` for who has the line in one dict, with its `event` and without `time` and `level`: 1 us instead of 2.5, because
+        no keywords are passed and nothing is put into another dict."""
+        self._logger.info(b'{"time":"%b","level":"info",%b' % (_now().encode(), _rendered(line)[1:]))
 
     def debug(self, event: str, **facts: Any) -> None:
         """Not written."""
@@ -101,11 +107,26 @@ def configure() -> Callable[[], None]:
 
 
 def _stamp(logger: WrappedLogger, level: str, event: EventDict) -> EventDict:
-    """Level and time (RFC 3339, UTC); orjson writes a datetime faster than Python formats one."""
-    return {"time": datetime.fromtimestamp(time.time(), UTC), "level": level, **event}
+    """Level and time."""
+    return {"time": _now(), "level": level, **event}
+
+
+def _now() -> str:
+    """RFC 3339, UTC, to the microsecond. What precedes the fraction is made once per second: 0.25 us, a datetime takes 0.9."""
+    second, micros = divmod(time.time_ns() // 1000, 1_000_000)
+    return f"{_second(second)}.{micros:06}+00:00"
+
+
+@functools.lru_cache(maxsize=1)
+def _second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _render(logger: WrappedLogger, level: str, event: EventDict) -> bytes:
+    return _rendered(event)
+
+
+def _rendered(event: EventDict) -> bytes:
     try:
         return orjson.dumps(event, default=str)
     except TypeError:  # a lone surrogate, out of bytes in a header that are no UTF-8

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,6 +142,32 @@ def test_a_machine_gets_one_json_object_per_line(configured: Any) -> None:
     found = json.loads(line)
     assert (found["event"], found["level"], found["name"], found["count"]) == ("request", "info", 'q"\n\\é\u2028', 3)
     assert found["time"].endswith("+00:00")
+
+
+@pytest.mark.parametrize("name", ["bot", "\ud800"])
+def test_a_whole_line_is_the_one_that_info_writes(configured: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte, but for a text that is no Unicode, where only the spaces differ."""
+    monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000_000_042_999)
+    stderr = configured(tty=False)
+    log = structlog.get_logger("x").bind()
+    log.info("request", name=name, count=[1, {"a": None}])
+    log.whole({"name": name, "count": [1, {"a": None}], "event": "request"})
+    one, other = (line.replace(b" ", b"") for line in stderr.buffer.flushed.splitlines())
+    assert one == other
+    assert list(json.loads(one)) == ["time", "level", "name", "count", "event"]
+    assert json.loads(one)["time"] == "2023-11-14T22:13:20.000042+00:00"
+
+
+def test_each_line_has_the_time_at_which_it_was_logged(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part that is kept for a second is not kept for longer, and comes back when the clock is set back."""
+    times = [999_999_000, 1_000_000_000, 61_500_000_000, 1_000_000_000]
+    now = iter(times)
+    monkeypatch.setattr(time, "time_ns", lambda: next(now))
+    stderr: Stderr = configured(tty=False)
+    for _ in times:
+        structlog.get_logger("x").info("request")
+    found = [json.loads(line)["time"][10:] for line in stderr.buffer.flushed.splitlines()]
+    assert found == ["T00:00:00.999999+00:00", "T00:00:01.000000+00:00", "T00:01:01.500000+00:00", "T00:00:01.000000+00:00"]
 
 
 def test_an_exception_is_one_line_too(configured: Any) -> None:
