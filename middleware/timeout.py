@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from proxy.call import Call, Limits, altered
-from proxy.errors import UpstreamTimeout
+from proxy.errors import Outcome, UpstreamTimeout
 from proxy.own_fields import Field, OwnFields
 from proxy.pipeline import Handler
 from proxy.reply import Reply
@@ -80,8 +80,11 @@ class Timeout:
         """
         found = own.get("timeout")
         limits, attempt = (self._limits, self._attempt) if found is None else self._asked(found.object())
-        deadline = None if limits.total is None else asyncio.get_running_loop().time() + limits.total
-        return altered(call, limits=limits, deadline=deadline, extensions={**call.extensions, AttemptLimits: attempt})
+        extensions = {**call.extensions, AttemptLimits: attempt}
+        if limits.total is None:
+            return altered(call, limits=limits, extensions=extensions)
+        deadline = asyncio.get_running_loop().time() + limits.total
+        return altered(call, limits=limits, deadline=deadline, extensions=extensions)
 
     def _asked(self, field: Field) -> tuple[Limits, AttemptLimits]:
         default, attempt = self._limits, self._attempt
@@ -122,10 +125,11 @@ class Timeout:
 class _Alarm:
     """Cancels the task that made it when its time is up: `asyncio.timeout` on a shared timer, 1.2 us per attempt instead of 2.7.
 
-    seconds: from now. due: rather at this time of the loop's clock, which no other attempt shares.
+    seconds: from now. due: rather at this time of the loop's clock, the end of the whole call. On a busy loop the edge's deadline
+    can go off in the same turn; the first cancellation's word is the one that is kept, so this one says the same.
     """
 
-    __slots__ = ("_before", "_rang", "_task", "_timer")
+    __slots__ = ("_before", "_rang", "_task", "_timer", "_why")
 
     def __init__(self, seconds: float, due: float | None) -> None:
         task = asyncio.current_task()
@@ -133,11 +137,12 @@ class _Alarm:
         self._task = task
         self._before = task.cancelling()
         self._rang = False
+        self._why = None if due is None else Outcome.TIMEOUT_TOTAL
         self._timer = after(seconds, self._ring) if due is None else asyncio.get_running_loop().call_at(due, self._ring)
 
     def _ring(self) -> None:
         self._rang = True
-        self._task.cancel()
+        self._task.cancel(self._why)
 
     def stop(self) -> bool:
         """End it, once. Is its own the only cancellation that came meanwhile? A client that leaves at the same time has left."""

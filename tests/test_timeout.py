@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -137,6 +138,21 @@ class TestNamed:
             assert found.error["code"] == code
             await until(lambda: upstream.lines[0].closed.is_set())
             assert ended(here) == [code]
+
+    async def test_a_loop_that_was_busy_past_the_deadline_still_answers(self) -> None:
+        """The attempt's timer and the edge's then go off in one turn; neither is taken for the client's leaving."""
+
+        class Busy:
+            async def __call__(self, call: Call, next: Handler) -> Reply:
+                assert call.deadline is not None
+                asyncio.get_running_loop().call_at(call.deadline - 0.02, time.sleep, 0.06)
+                return await next(call)
+
+        config = CONFIG.replace("{more}}}]", "{more}}}, busy]")
+        async with Upstream(silent) as upstream, gateway(upstream.url, config, more="", table={**TABLE, "busy": Busy}) as here:
+            found = await ask(here.port, chat(timeout={"total_timeout": 60}))
+            assert found.error is not None
+            assert (found.status, found.error["code"]) == (504, "timeout_total")
 
     async def test_a_connection_that_does_not_stand_in_time_is_timeout_connect(self) -> None:
         with contextlib.ExitStack() as stack:
