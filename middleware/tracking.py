@@ -10,14 +10,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import orjson
 import structlog
 
-from proxy.call import Call
+from proxy.call import Call, altered
 from proxy.errors import STATUSES, GatewayError, Outcome, why_cancelled
 from proxy.own_fields import Field, OwnFields
 from proxy.pipeline import Handler
@@ -76,7 +76,7 @@ class Tracking:
         if thread is None and metadata is None:
             return call
         found = Noted(*_thread(thread), _metadata(metadata))
-        return replace(call, extensions={**call.extensions, Noted: found})
+        return altered(call, extensions={**call.extensions, Noted: found})
 
     async def __call__(self, call: Call, next: Handler) -> Reply:
         started = self.clock()
@@ -96,7 +96,7 @@ class Tracking:
         first, text = self.clock() - started, None
         if self._most:
             text = _Text(self._most)
-            reply = replace(reply, chunks=text.kept(reply.chunks))
+            reply = altered(reply, chunks=text.kept(reply.chunks))
         reply.trailer.on_end(lambda trailer: self._ended(call, started, first, reply, trailer, text))
         return _named(reply, call.name) if call.name else reply
 
@@ -238,4 +238,4 @@ def _count(line: Json, usage: Usage) -> None:
 def _named(reply: Reply, name: str) -> Reply:
     """The reply with its name in a header; what a header cannot carry is percent-encoded."""
     safe = name if name.isascii() and name.isprintable() else quote(name, errors="replace")
-    return replace(reply, head=replace(reply.head, headers={**reply.head.headers, "X-Penstock-Name": safe}))
+    return altered(reply, head=altered(reply.head, headers={**reply.head.headers, "X-Penstock-Name": safe}))
