@@ -7,6 +7,7 @@ The one rule: a field of the wrong type is refused with its path before any upst
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from proxy.call import Call, Kind, Options, Principal
+from proxy.call import Call, Kind, Options, Principal, altered
 from proxy.errors import Refused
 from proxy.own_fields import Field, OwnFields
 from proxy.routing import Directory
@@ -31,6 +32,10 @@ GATEWAY_FIELDS = frozenset({
 SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 NAME_LIMIT = 128
 ANYBODY = Principal()
+# Where `admit` itself looks: with none of them in the body there is nothing to find.
+READ_HERE = frozenset({"penstock", "orq", "name", "tracking", "identity", "contact", "usage_placement", "strict_params"})
+# What every call is altered from: a third of what its constructor costs (3 us).
+BLANK = Call(id="", nonce="", created=0, kind="chat", request={}, model="", stream=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +111,23 @@ def admit(
     if body.get("n") is not None:
         Field(body["n"], "n").integer(1, 128)
     own = OwnFields(body, headers)
+    # Most requests have none of the fields that are read here; then nothing is looked for (1.2 us).
+    plain = READ_HERE.isdisjoint(body)
     route = directory.route(model)
-    call = Call(
+    stream = body.get("stream")
+    fields = readers.fields
+    call = altered(
+        BLANK,
         id=request_id,
         nonce=_unique(),
         created=int(time.time()),
         kind=kind,
-        request={field: value for field, value in body.items() if field not in readers.fields},
+        request={**body} if fields.isdisjoint(body) else {name: value for name, value in body.items() if name not in fields},
         model=model,
-        stream=body.get("stream") is not None and Field(body["stream"], "stream").flag(),
-        options=_options(body, own, defaults),
-        name=_name(own),
-        identity=_identity(own),
+        stream=stream is True or (stream is not None and Field(stream, "stream").flag()),
+        options=_options(body, None if plain else own, defaults),
+        name=_header(headers, "x-penstock-name") if plain else _name(own),
+        identity=_sent_identity(headers) if plain else _identity(own),
         principal=principal,
         route=route,
         targets=route.targets,
@@ -139,6 +149,10 @@ def _unique() -> str:
     return f"{random.getrandbits(64):016x}"
 
 
+def _header(headers: Mapping[str, str], name: str) -> str | None:
+    return headers.get(name, "")[:NAME_LIMIT] or None
+
+
 def _name(own: OwnFields) -> str | None:
     """The tracking name: `name`, `penstock.name`, `orq.tracking.name`, `orq.name`, or the header."""
     found = own.get("name")
@@ -146,8 +160,7 @@ def _name(own: OwnFields) -> str | None:
     inside = tracking.get("name") if tracking else None
     if inside is not None and (found is None or found.path == "orq.name"):
         found = inside
-    name = found.text(NAME_LIMIT) if found else own.headers.get("x-penstock-name", "")[:NAME_LIMIT]
-    return name or None
+    return found.text(NAME_LIMIT) or None if found else _header(own.headers, "x-penstock-name")
 
 
 def _identity(own: OwnFields) -> str | None:
@@ -155,17 +168,26 @@ def _identity(own: OwnFields) -> str | None:
     for name in ("identity", "contact"):
         if (found := own.get(name)) is not None and (inside := found.get("id")) is not None:
             return inside.text(NAME_LIMIT)
-    headers = own.headers
-    return (headers.get("x-orq-identity-id") or headers.get("x-orq-contact-id") or "")[:NAME_LIMIT] or None
+    return _sent_identity(own.headers)
 
 
-def _options(body: Json, own: OwnFields, defaults: Defaults) -> Options:
-    placement, strict = own.get("usage_placement"), own.get("strict_params")
+def _sent_identity(headers: Mapping[str, str]) -> str | None:
+    return _header(headers, "x-orq-identity-id") or _header(headers, "x-orq-contact-id")
+
+
+def _options(body: Json, own: OwnFields | None, defaults: Defaults) -> Options:
+    placement, strict = (own.get("usage_placement"), own.get("strict_params")) if own is not None else (None, None)
     usage = None
     if body.get("stream_options") is not None:
         usage = Field(body["stream_options"], "stream_options").get("include_usage")
-    return Options(
-        include_usage=usage is not None and usage.flag(),
-        usage_on_finish=placement.one_of(("chunk", "finish")) == "finish" if placement else defaults.usage_on_finish,
-        strict_params=strict.flag() if strict else defaults.strict_params,
+    return _shared(
+        usage is not None and usage.flag(),
+        placement.one_of(("chunk", "finish")) == "finish" if placement else defaults.usage_on_finish,
+        strict.flag() if strict else defaults.strict_params,
     )
+
+
+@functools.lru_cache
+def _shared(include_usage: bool, usage_on_finish: bool, strict_params: bool) -> Options:
+    """One object for each combination: there are eight."""
+    return Options(include_usage, usage_on_finish, strict_params)

@@ -81,8 +81,7 @@ class OwnFields:
         self.headers = headers
         self._found: dict[str, Field] = {}
         for place in PLACES:
-            inside = body.get(place)
-            if inside is not None:
+            if place in body and (inside := body[place]) is not None:
                 Field(inside, place).object()
                 self._found.update({name: Field(value, f"{place}.{name}") for name, value in inside.items() if value is not None})
         self._body = body

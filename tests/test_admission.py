@@ -8,8 +8,11 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from multidict import CIMultiDict
 
+from proxy import admission
 from proxy.admission import Defaults, admit, parse_json, request_id
 from proxy.call import Call, Provider, Route, Target
 from proxy.errors import Refused
@@ -200,6 +203,43 @@ class TestOwnFields:
 
     def test_a_name_may_be_128_characters_long(self) -> None:
         assert admitted(name="x" * 128).name == "x" * 128
+
+
+HEADERS = st.dictionaries(
+    st.sampled_from(["X-Penstock-Name", "X-ORQ-IDENTITY-ID", "X-ORQ-CONTACT-ID"]), st.sampled_from(["", "a", "b"])
+)
+NAMES = ["n", "stream", "stream_options", "tracking", "metadata", "x", *OWN_FIELDS]
+VALUES: list[Any] = [
+    None, True, False, 1, "a", "finish", [], {}, {"id": "a"}, {"name": "a"}, {"tracking": {"name": "b"}, "identity": {"id": 5}},
+    {"include_usage": True}, {"usage_placement": "finish", "strict_params": True},
+]  # fmt: skip
+
+
+class TestPlainRequests:
+    @pytest.mark.parametrize("name", NAMES)
+    @given(st.dictionaries(st.sampled_from(NAMES), st.sampled_from(VALUES), max_size=2), HEADERS)
+    def test_what_is_not_looked_for_would_not_have_been_found(self, name: str, others: Json, headers: Json) -> None:
+        """The short way for a body without fields of the gateway's own gives the call, or the refusal, of the long one."""
+        for value in VALUES:
+            body = {**others, name: value}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(admission, "_unique", lambda: "0")
+                short = outcome(body, headers)
+                patch.setattr(admission, "READ_HERE", frozenset({"model"}))
+                assert outcome(body, headers) == short
+
+    def test_options_are_shared_where_they_are_the_same_and_nowhere_else(self) -> None:
+        one, other = admitted(), admitted(stream_options={"include_usage": True})
+        assert (one.options.include_usage, other.options.include_usage) == (False, True)
+        assert admitted().options is one.options
+
+
+def outcome(body: Json, headers: Json) -> object:
+    """The call's facts but for its time, or the path and the words of the refusal."""
+    try:
+        return {**vars(admitted(body, headers=headers)), "created": 0}
+    except Refused as error:
+        return error.param, error.message
 
 
 class TestOptions:

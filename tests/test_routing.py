@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from proxy.call import Provider, Route, Target
 from proxy.errors import Refused
-from proxy.routing import LONGEST_NAME, Directory, well_formed
+from proxy.routing import LONGEST_NAME, MOST_KNOWN, Directory, well_formed
 
 OPENAI = Provider("openai", "openai", "https://api.openai.com/v1", models=("gpt-4o", "gpt-4o-mini"))
 GROQ = Provider("groq", "openai", "https://api.groq.com/openai/v1", missing="GROQ_API_KEY", models=("llama-3.3",))
@@ -49,6 +49,25 @@ def test_a_bare_name_goes_to_the_default_provider() -> None:
 
 def test_a_disabled_provider_resolves_like_any_other() -> None:
     assert directory().resolve("groq/x")[0].provider.missing == "GROQ_API_KEY"
+
+
+@pytest.mark.parametrize("model", ["fast", "gpt-5", "groq/openai/gpt-oss-20b"])
+def test_a_name_that_comes_again_leads_to_the_same_route(model: str) -> None:
+    here = directory()
+    assert here.route(model) is here.route(model)
+    assert here.route(model) == directory().route(model)
+
+
+def test_names_that_clients_think_of_do_not_pile_up_and_refused_ones_are_not_kept() -> None:
+    here = directory()
+    for number in range(3 * MOST_KNOWN):
+        assert here.route(f"openai/m{number}").targets == (Target(OPENAI, f"m{number}"),)
+    assert len(here._known) <= MOST_KNOWN
+    before = set(here._known)
+    for model in ("nobody/m", "..", "nobody/m"):
+        with pytest.raises(Refused):
+            here.route(model)
+    assert set(here._known) == before
 
 
 @pytest.mark.parametrize(
