@@ -24,7 +24,7 @@ MODEL = re.compile(r"[\w.:@+-]+(?:/[\w.:@+-]+)*", re.ASCII)
 LONGEST_NAME = 256
 OWN = "penstock"
 # Names that were found are kept, because checking one and making its route takes 1.5 us. Clients can think of any number.
-MOST_KNOWN = 1024
+MOST_KNOWN = 128
 
 
 def well_formed(model: str) -> bool:
