@@ -147,7 +147,9 @@ class _Single:
         return batch
 
 
+PASSED = ("x-ratelimit-", "anthropic-ratelimit-", "retry-after")
+
+
 def rate_limits(headers: Mapping[str, str]) -> dict[str, str]:
     """The response headers of an upstream that its caller may want to see: rate limits and when to come back."""
-    lowered = ((name.lower(), value) for name, value in headers.items())
-    return {name: value for name, value in lowered if name.startswith(("x-ratelimit-", "anthropic-ratelimit-", "retry-after"))}
+    return {name: headers[name] for name in headers if name.startswith(PASSED)}

@@ -17,7 +17,7 @@ from proxy.decoder import SseDecoder
 from proxy.errors import GatewayError, UpstreamTimeout
 from proxy.faults import presentable
 from proxy.reply import Batch, Ended, Item, Receive, Trailer
-from proxy.transport import PushedResponse, UpstreamResponse
+from proxy.transport import PushingResponse, UpstreamResponse
 
 
 class Source:
@@ -31,7 +31,7 @@ class Source:
         self, response: UpstreamResponse, decoder: SseDecoder, idle: float | None, settle: float, provider: Provider
     ) -> None:
         self._response = response
-        self._pushed = cast(PushedResponse, response) if hasattr(response, "listen") else None
+        self._pushed = cast(PushingResponse, response) if hasattr(response, "listen") else None
         self._decoder = decoder
         self._idle = idle
         self._settle = settle

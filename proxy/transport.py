@@ -34,7 +34,9 @@ class UpstreamResponse(Protocol):
     def status(self) -> int: ...
 
     @property
-    def headers(self) -> Mapping[str, str]: ...
+    def headers(self) -> Mapping[str, str]:
+        """By name in lower case; of several of one name the first."""
+        ...
 
     async def read(self) -> bytes:
         """The next bytes as they arrive; b"" at a clean HTTP end. Raises UpstreamCut where the end is not clean."""
@@ -49,20 +51,28 @@ class UpstreamResponse(Protocol):
         ...
 
 
-class PushedResponse(UpstreamResponse, Protocol):
-    """What a response may have beside: push instead of pull. A response without it is pulled."""
+class PushingResponse(UpstreamResponse, Protocol):
+    """A response that can also call back, which spares a task's waking up per read. A Source listens where there is a `listen`,
+    and reads everywhere else: `read` is all that a transport must have.
+    """
 
     def listen(self, receive: Callable[[bytes], None], ended: Callable[[GatewayError | None], None]) -> None:
-        """From now on `receive(data)`, once per network read with all body bytes of that read (what is buffered already: at
-        once), then `ended(None)` at a clean HTTP end, `ended(error)` where it is not clean. After `close()` neither is called.
+        """Push instead of pull, from now on.
+
+        receive(data): once per network read, with all body bytes of that read joined (in pieces, where a compressed body grows);
+        what is buffered already comes at once, inside this call. ended(None) at a clean HTTP end, ended(error) at any other; if
+        the end has come already, inside this call too. Neither is called after `close`, and `ended` at most once.
         """
         ...
 
     def pause(self) -> None:
-        """Stop reading from the socket. Idempotent."""
+        """Stop reading from the socket: nothing is received until `resume`; an end behind nothing more may still be told.
+        Idempotent."""
         ...
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        """Go on; what was held back is received inside this call. Idempotent."""
+        ...
 
 
 class Transport(Protocol):

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("proxy.decoder",),
     ("proxy.wire.*", "proxy.faces.*", "middleware.*", "proxy.source", "proxy.admission", "proxy.logs"),
     (
-        "proxy.upstream", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.delivery", "proxy.http", "proxy.lane",
+        "proxy.upstream.*", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.delivery", "proxy.http", "proxy.lane",
         "proxy.sockets", "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema", "proxy.wording",
     ),
     ("proxy.server",),
@@ -45,10 +45,12 @@ TOGETHER = (CONFIG, CLIENT_SIDE, {"proxy.app", "proxy.__main__"}, {"proxy.app"} 
 
 # Who may import which third-party package; the packages that are not named here are the standard library's.
 LIGHT = ("orjson",)
-AIOHTTP = {"proxy.upstream", "proxy.sockets", "proxy.app"}
+AIOHTTP = {"proxy.sockets", "proxy.app"}
 THIRD_PARTY = {
     "aiohttp": AIOHTTP,
-    "yarl": AIOHTTP,
+    "httptools": {"proxy.upstream.connection"},
+    "aiohappyeyeballs": {"proxy.upstream.dialing"},
+    "yarl": {"proxy.upstream.request"},
     "multidict": {"proxy.lane"},
     "uvloop": {"proxy.app"},
     "pydantic": CONFIG,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import struct
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -112,11 +113,12 @@ def stream(pieces: Iterable[bytes], status: int = 200, headers: Mapping[str, str
 class Upstream:
     """`async with Upstream(answer) as upstream`: listens on loopback. `answer` may be replaced at any time.
 
-    asked: all requests so far. lines: all connections so far, in the order of their first request. open: how many stand now.
+    tls: speaks TLS with this context, as localhost. asked: all requests so far. lines: all connections so far, in the order of their first request. open: how many stand now.
     """
 
-    def __init__(self, answer: Answer | None = None) -> None:
+    def __init__(self, answer: Answer | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.answer = answer or whole(b"{}")
+        self.tls = tls
         self.asked: list[Asked] = []
         self.lines: list[Line] = []
         self.open = 0
@@ -125,10 +127,10 @@ class Upstream:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"https://localhost:{self.port}" if self.tls else f"http://127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> Upstream:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**22)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**22, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
