@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import gzip
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from proxy.errors import GatewayError, Malformed, UpstreamCut
 from proxy.upstream.coding import PIECE, Inflater
 from proxy.upstream.connection import HEADER_LIMIT, Connection
-from proxy.upstream.pool import Pool
+from proxy.upstream.pool import KEEP_SECONDS, Pool
 from proxy.upstream.request import Origin
 from proxy.upstream.response import HIGH_WATER, HttpResponse
 
@@ -178,7 +180,7 @@ framings = pytest.mark.parametrize("framing", FRAMINGS.values(), ids=FRAMINGS)
 
 def split(data: bytes, at: Sequence[int]) -> list[bytes]:
     edges = [0, *sorted({edge % len(data) for edge in at} - {0}), len(data)]
-    return [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [data[start:end] for start, end in pairwise(edges)]
 
 
 def splits() -> st.SearchStrategy[list[int]]:
@@ -566,3 +568,65 @@ def test_done_sets_a_timer_only_where_the_http_end_is_missing(scene: Scene, monk
     scene.feed(b"0\r\n\r\n")
     assert timers[0].cancelled()
     assert scene.kept
+
+
+# The pool
+
+
+class Clock:
+    """Stands in for the loop: time moves when the test says so. timers: (when, what) of all that were set."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_at(self, when: float, what: Callable[[], None]) -> asyncio.TimerHandle:
+        self.timers.append((when, what))
+        return cast(asyncio.TimerHandle, object())
+
+    def call_later(self, delay: float, what: Callable[[], None]) -> asyncio.TimerHandle:
+        return self.call_at(self.now + delay, what)
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+        due = [timer for timer in self.timers if timer[0] <= self.now]
+        self.timers = [timer for timer in self.timers if timer not in due]
+        for _, what in due:
+            what()
+
+
+def idle(pool: Pool, origin: Origin = ORIGIN) -> tuple[Connection, Socket]:
+    """A connection that has just been given to the pool."""
+    found, sock = Connection(cast(asyncio.AbstractEventLoop, None), pool, origin), Socket()
+    found.connection_made(sock)
+    pool.give(found)
+    return found, sock
+
+
+def test_the_connection_given_last_is_taken_first_and_only_for_its_own_origin() -> None:
+    pool = Pool(cast(asyncio.AbstractEventLoop, Clock()))
+    first, second, other = (idle(pool, origin)[0] for origin in (ORIGIN, ORIGIN, Origin(True, "provider.example", 443)))
+    assert [pool.take(ORIGIN) for _ in range(3)] == [second, first, None]
+    assert pool.take(other.origin) is other
+
+
+def test_what_waits_too_long_is_closed_by_the_one_timer_that_there_is() -> None:
+    """However many wait; the younger ones go later, and with the last one the timer."""
+    clock = Clock()
+    pool = Pool(cast(asyncio.AbstractEventLoop, clock))
+    sockets = []
+    for _ in range(3):
+        sockets += [idle(pool)[1], idle(pool, ORIGIN._replace(port=81))[1]]
+        assert len(clock.timers) == 1
+        clock.passes(KEEP_SECONDS / 4)
+    closed = []
+    for _ in range(8):
+        clock.passes(KEEP_SECONDS / 8 + 0.01)
+        closed.append(sum(sock.aborted for sock in sockets))
+        assert len(clock.timers) == (closed[-1] < 6)
+    assert closed == [0, 2, 2, 4, 4, 6, 6, 6]
+    idle(pool)
+    assert len(clock.timers) == 1

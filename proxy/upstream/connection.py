@@ -123,7 +123,8 @@ class Connection(asyncio.Protocol):
             self._fail(not_http())
 
     def eof_received(self) -> None:
-        """Nothing more will come. Only this makes an end clean: TLS that breaks off without a word could be anybody's doing."""
+        """Nothing more will come. Only this makes an end clean: TLS that breaks off without a word could be anybody's doing, and
+        uvloop does not call that an EOF (asyncio's own loop does)."""
         self._pool.forget(self)
         response = self._response
         if response is not None and self._until_eof and self._waiting is None:

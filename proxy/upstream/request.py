@@ -75,4 +75,4 @@ def _host(url: URL) -> str:
 
 
 def _ascii(host: str) -> str:
-    return host if host.isascii() else host.encode("idna").decode()
+    return host.lower() if host.isascii() else host.encode("idna").decode()

@@ -113,7 +113,8 @@ def stream(pieces: Iterable[bytes], status: int = 200, headers: Mapping[str, str
 class Upstream:
     """`async with Upstream(answer) as upstream`: listens on loopback. `answer` may be replaced at any time.
 
-    tls: speaks TLS with this context, as localhost. asked: all requests so far. lines: all connections so far, in the order of their first request. open: how many stand now.
+    tls: speaks TLS with this context, as localhost.
+    asked: all requests so far. lines: all connections so far, in the order of their first request. open: how many stand now.
     """
 
     def __init__(self, answer: Answer | None = None, tls: ssl.SSLContext | None = None) -> None:
