@@ -365,9 +365,7 @@ async def test_closing_the_transport_closes_everything_and_ends_what_is_read(ups
     with pytest.raises(UpstreamCut):
         await asking
     await until(lambda: upstream.open == 0)
-    named = "proxy.upstream"
-    timers = [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
-    assert [timer for timer in timers if named in getattr(timer._callback, "__module__", "")] == []
+    assert (transport._pool._timer, lingering._linger) == (None, None)
     await transport.close()
 
 

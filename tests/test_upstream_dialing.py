@@ -202,6 +202,28 @@ async def test_an_ipv6_literal_is_connected_to(transport: HttpTransport) -> None
     server.close()
 
 
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__module__)
+def test_a_request_cancelled_at_any_turn_of_the_loop_leaves_nothing(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """uvloop calls `connection_made` but never `connection_lost` where it is cancelled in between."""
+
+    async def scene() -> None:
+        async with Upstream(whole(b"ok")) as upstream:
+            for turns in range(30):
+                transport = HttpTransport.open()
+                sending = asyncio.ensure_future(fetched(transport, upstream.url))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                sending.cancel()
+                await asyncio.wait([sending])
+                assert transport.connections == 0
+                await asyncio.wait_for(transport.close(), 2)
+                assert not transport._pool.standing
+            await until(lambda: upstream.open == 0)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(scene())
+
+
 # TLS
 
 

@@ -68,6 +68,7 @@ class Scene:
         self.socket = Socket()
         self.connection = Connection(loop, self.pool, ORIGIN)
         self.connection.connection_made(self.socket)
+        self.pool.add(self.connection)
         self.ask()
 
     def ask(self) -> None:
@@ -602,6 +603,7 @@ def idle(pool: Pool, origin: Origin = ORIGIN) -> tuple[Connection, Socket]:
     """A connection that has just been given to the pool."""
     found, sock = Connection(cast(asyncio.AbstractEventLoop, None), pool, origin), Socket()
     found.connection_made(sock)
+    pool.add(found)
     pool.give(found)
     return found, sock
 

@@ -65,6 +65,7 @@ class HttpTransport:
         try:
             connection = Connection(self._loop, self._pool, origin)
             await self._dialer.dial(origin, connection, seconds)
+            self._pool.add(connection)
             return connection
         finally:
             self._dialing -= 1
@@ -76,7 +77,7 @@ async def _answer(connection: Connection, head: bytes, body: bytes) -> HttpRespo
     try:
         return await waiting
     except asyncio.CancelledError:
-        if waiting.cancelled():
+        if waiting.cancelled() or not waiting.done():
             connection.abort()
         elif waiting.exception() is None:
             # It came in the same turn of the loop; its connection may be another's by now.

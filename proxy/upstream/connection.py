@@ -30,6 +30,11 @@ SWITCHING_PROTOCOLS = 101
 class Connection(asyncio.Protocol):
     """A protocol of asyncio for `origin`. since: when it was last given to the pool, by the loop's clock."""
 
+    __slots__ = (
+        "_barren", "_begun", "_complete", "_fields", "_interim", "_keep", "_loop", "_parser", "_parts", "_paused", "_pool",
+        "_response", "_transport", "_until_eof", "_waiting", "on_body", "on_header", "origin", "since",
+    )  # fmt: skip
+
     def __init__(self, loop: asyncio.AbstractEventLoop, pool: Pool, origin: Origin) -> None:
         self._loop = loop
         self._pool = pool
@@ -40,11 +45,19 @@ class Connection(asyncio.Protocol):
         self._response: HttpResponse | None = None
         self._parts: list[bytes] = []
         self._fields: dict[bytes, bytes] = {}
-        self._paused = self._finished = False
+        self._paused = False
+        # Of the request at hand; `ask` starts them anew. begun: a byte of its answer has come. interim: the head at hand is a
+        # 1xx. keep: its connection may serve on. barren: bytes since the last one of a body.
+        self._begun = self._complete = self._interim = self._keep = self._until_eof = False
+        self._barren = 0
         # What the parser calls, by the names it looks for.
         self.on_body = self._parts.append
         self.on_header = self._fields.setdefault  # the first of several of one name counts
         self._parser: HttpResponseParser | None = None
+
+    @property
+    def open(self) -> bool:
+        return self._transport is not None
 
     @property
     def busy(self) -> bool:
@@ -69,14 +82,16 @@ class Connection(asyncio.Protocol):
 
     def pause(self) -> None:
         """Stop reading. Idempotent, like `resume`."""
-        if not self._paused and self._transport is not None:
+        transport = self._transport
+        if not self._paused and transport is not None and not transport.is_closing():
             self._paused = True
-            self._transport.pause_reading()
+            transport.pause_reading()
 
     def resume(self) -> None:
-        if self._paused and self._transport is not None:
+        transport = self._transport
+        if self._paused and transport is not None and not transport.is_closing():
             self._paused = False
-            self._transport.resume_reading()
+            transport.resume_reading()
 
     def abort(self) -> None:
         """Close the socket at once, without a word to whoever waits for something from it. Idempotent."""
@@ -92,11 +107,8 @@ class Connection(asyncio.Protocol):
     # What asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport = cast(asyncio.Transport, transport)
+        self._transport = cast(asyncio.Transport, transport)
         self._parser = _parser(self)
-        self._pool.standing.add(self)
-        if self._pool.closed:
-            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         parser = self._parser

@@ -44,6 +44,8 @@ class Dialer:
             raise UpstreamTimeout("connect", seconds or 0.0) if limit.expired() else unconnected(error) from None
         except (OSError, RuntimeError) as error:  # uvloop has RuntimeErrors for some
             raise unconnected(error) from None
+        except ValueError:  # not even a name: a label too long, say
+            raise invalid_url() from None
 
     def close(self) -> None:
         for asking in self._asked.values():
@@ -94,8 +96,6 @@ class Dialer:
             if asking.cancelled():  # the transport was closed; nobody has cancelled us
                 raise unresolved() from None
             raise
-        except ValueError:  # not even a name: a label too long, say
-            raise invalid_url() from None
 
     async def _resolve(self, place: Place) -> list[Any]:
         return await self._loop.getaddrinfo(*place, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)

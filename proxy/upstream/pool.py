@@ -33,6 +33,13 @@ class Pool:
     def busy(self) -> int:
         return sum(connection.busy for connection in self.standing)
 
+    def add(self, connection: Connection) -> None:
+        """A connection that has been made. Not before: uvloop does not call `connection_lost` where its making is cancelled."""
+        if self.closed:
+            connection.cut()
+        elif connection.open:
+            self.standing.add(connection)
+
     def take(self, origin: Origin) -> Connection | None:
         """The connection to `origin` that was given last."""
         free = self._free.get(origin)
