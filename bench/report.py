@@ -1,0 +1,149 @@
+"""A run as Markdown: the targets, then one table per work, with ratios of medians; and two runs beside each other.
+
+The one rule: nothing here is written by hand, so that a sentence about speed is a line of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.medians import Summaries, Summary, ratio, summaries
+from bench.picture import Panel
+from bench.targets import TARGETS, verdict
+from bench.workloads import CHUNK, FIRST, RATE, REQUEST, WORKS
+
+Json = dict[str, Any]
+# Heading, figure, digits. A column is left out where nobody has a figure for it.
+COLUMNS = (
+    ("CPU µs/request", REQUEST, 1),
+    ("CPU µs/chunk", CHUNK, 2),
+    ("requests/s", RATE, 0),
+    ("first chunk p50 ms", FIRST, 2),
+    ("p99", "first_ms.p99", 2),
+    ("added p50 ms", "added_first_ms.p50", 2),
+    ("added p99", "added_first_ms.p99", 2),
+    ("added per chunk p50 ms", "added_transit_ms.p50", 3),
+    ("added per chunk p99", "added_transit_ms.p99", 3),
+    ("gap jitter p50 ms", "jitter_ms.p50", 3),
+    ("gap jitter p99", "jitter_ms.p99", 3),
+    ("resident MB", "resident_mb", 1),
+    ("MB at start", "resident_at_mb.0", 1),
+    ("MB at 200", "resident_at_mb.200", 1),
+    ("MB at 400", "resident_at_mb.400", 1),
+    ("KB per further stream", "kb_per_stream", 1),
+)
+RATIOS = ("smg", "relay", "bare", "nginx", "workers-1")
+COMPARED = ((REQUEST, "CPU µs/request"), (CHUNK, "CPU µs/chunk"), (FIRST, "first chunk ms"), ("resident_mb", "MB"))
+PICTURED = (
+    ("A stream of 100 chunks", "burst", REQUEST, "CPU µs per stream"),
+    ("One chunk of 200 paced streams", "paced", CHUNK, "CPU µs per chunk"),
+    ("A JSON request", "json", REQUEST, "CPU µs per request"),
+)
+NAMES = {"smg": "smg (Rust)", "portkey": "Portkey (Node)", "litellm": "LiteLLM (Python)", "penstock": "Penstock",
+         "relay": "bare relay", "nginx": "nginx (parses nothing)", "bare": "Penstock, bare"}  # fmt: skip
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The whole report of a result as it is stored."""
+    found = summaries(result["lines"])
+    works = list(dict.fromkeys(work for work, _ in found))
+    parts = [f"# Bench: {result['label']}", _circumstances(result), "## Targets", targets(found)]
+    for work in works:
+        parts += [f"## {work}: {WORKS[work].title}", work_table(work, found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def targets(found: Summaries) -> str:
+    rows = []
+    for target in TARGETS:
+        value = target.value(found)
+        sign = "≥" if target.at_least else "≤"
+        limit = f"{sign} {target.limit:.3g}{' (stretch)' if target.stretch else ''}"
+        rows.append([target.text, limit, "" if value is None else f"{value:.3g}", verdict(target, found)])
+    return table(["all middleware on", "target", "measured", "verdict"], rows)
+
+
+def work_table(work: str, found: Summaries) -> str:
+    """One row per contestant, and its ratios to those that others are compared with."""
+    rows = {who: summary for (of, who), summary in found.items() if of == work}
+    figure = WORKS[work].ratio
+    columns = [column for column in COLUMNS if _shown(column[1], work, rows)]
+    others = [
+        who for who in RATIOS if who in rows and len(rows) > 1 and any(ratio(found, work, row, who, figure) for row in rows)
+    ]
+    heads = ["", *(head for head, _, _ in columns), *(f"× {who}" for who in others)]
+    cells = []
+    for who, summary in rows.items():
+        figures = [_cell(summary, name, digits) for _, name, digits in columns]
+        shares = [_number(ratio(found, work, who, other, figure), 2) for other in others]
+        cells.append([who, *figures, *shares])
+    return "\n\n".join([table(heads, cells), *_notes(rows)])
+
+
+def _shown(figure: str, work: str, rows: Mapping[str, Summary]) -> bool:
+    if figure == "resident_mb" and WORKS[work].levels:
+        return False
+    return any(summary.figures.get(figure) for who, summary in rows.items())
+
+
+def _cell(summary: Summary, figure: str, digits: int) -> str:
+    value = summary.figures.get(figure)
+    if value is None or (value == 0 and figure.startswith(("cpu", "resident", "requests"))):
+        return ""
+    return _number(value, digits) + ("*" if summary.bottleneck and figure == RATE else "")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _notes(rows: Mapping[str, Summary]) -> list[str]:
+    notes = []
+    if any(summary.bottleneck for summary in rows.values()):
+        notes.append(
+            "\\* the load generator's core was over 90 % busy: the rate is its own, and latencies are longer for it; CPU holds"
+        )
+    notes += [f"{who}: {one.wrong} wrong replies: {one.first_wrong}" for who, one in rows.items() if one.wrong]
+    return notes
+
+
+def _circumstances(result: Mapping[str, Any]) -> str:
+    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    return (
+        f"{machine}.\n\nCommit {result['commit']}. {versions}.\n\n"
+        f"Medians of {result['turns']} turns of {result['seconds']:g} s each; absolute figures drift with the machine, ratios "
+        "within a run hold. CPU is that of the gateway's processes. `penstock` has all middleware of config.yaml on, `bare` none."
+    )
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    aligned = ["---", *("---:" for _ in heads[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, aligned, *rows))
+
+
+def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """After over before, for each figure that both runs have."""
+    earlier, later = summaries(before["lines"]), summaries(after["lines"])
+    rows = []
+    for key in (key for key in later if key in earlier):
+        for figure, title in COMPARED:
+            old, new = earlier[key].figures.get(figure), later[key].figures.get(figure)
+            if old and new:
+                rows.append([" ".join(key), title, f"{old:,.2f}", f"{new:,.2f}", f"{new / old:.3f}"])
+    return table(["", "", before["label"], after["label"], "ratio"], rows)
+
+
+def panels(found: Summaries) -> list[Panel]:
+    """What the README's picture shows."""
+    drawn = []
+    for title, work, figure, unit in PICTURED:
+        bars = [
+            (NAMES.get(who, who), value, who == "penstock")
+            for (of, who), summary in found.items()
+            if of == work and who != "direct" and (value := summary.figures.get(figure)) and not summary.wrong
+        ]
+        if bars:
+            drawn.append(Panel(title, unit, sorted(bars, key=lambda bar: bar[1])))
+    return drawn
