@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,8 @@ from bench.medians import summaries
 from bench.peers import PEERS, install
 from bench.picture import svg
 from bench.report import compared, markdown, panels
-from bench.run import Cores, Stage, cast, place_for, turns
+from bench.run import cast, place_for, turns
+from bench.stage import Cores, Stage
 from bench.workloads import WORKS, chosen
 
 Json = dict[str, Any]
@@ -45,6 +47,8 @@ def main() -> int:
     if arguments.install:
         install(arguments.tools, arguments.peers)
         return 0
+    # Ended by a signal, what was started is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     result = _run(arguments)
     _store(result, arguments.out)
     wrong = [f"{line['who']} {line['work']}" for line in result["lines"] if line["wrong"] and line["who"].startswith(OURS)]

@@ -19,7 +19,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from bench.load import KEY
+from bench.job import KEY
 from proxy import __version__
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bench.contestants import Contestant, Dialect, Place, free_port
-from bench.load import KEY
+from bench.job import KEY
 
 NGINX = """
 %(user)s

@@ -47,11 +47,40 @@ NAMES = {"smg": "smg (Rust)", "portkey": "Portkey (Node)", "litellm": "LiteLLM (
 def markdown(result: Mapping[str, Any]) -> str:
     """The whole report of a result as it is stored."""
     found = summaries(result["lines"])
-    works = list(dict.fromkeys(work for work, _ in found))
     parts = [f"# Bench: {result['label']}", _circumstances(result), "## Targets", targets(found)]
-    for work in works:
-        parts += [f"## {work}: {WORKS[work].title}", work_table(work, found)]
-    return "\n\n".join(parts) + "\n"
+    for work in dict.fromkeys(work for work, _ in found):
+        if not work.startswith(("alone-", "flat-")):
+            parts += [f"## {work}: {WORKS[work].title}", work_table(work, found)]
+    return "\n\n".join([*parts, *prices(found), *flatness(found)]) + "\n"
+
+
+def prices(found: Summaries) -> list[str]:
+    """What each middleware adds to the gateway without any, by work."""
+    works = [work for work in ("alone-json", "alone-burst") if (work, "bare") in found]
+    if not works:
+        return []
+    rows = []
+    for who in dict.fromkeys(who for work, who in found if work in works):
+        figures = [(_figure(found, work, who, REQUEST), _figure(found, work, "bare", REQUEST)) for work in works]
+        added = ["" if own is None or bare is None else f"{own:,.1f} ({own - bare:+.1f})" for own, bare in figures]
+        rows.append([who, *added])
+    heads = ["CPU µs/request (more than bare)", *(WORKS[work].title.partition(": ")[2] for work in works)]
+    return ["## alone: each middleware alone", table(heads, rows), *_wrong(found, works)]
+
+
+def flatness(found: Summaries) -> list[str]:
+    """CPU per chunk by the number of open streams, at the same number of chunks per second."""
+    works = [work for work in dict.fromkeys(work for work, _ in found) if work.startswith("flat-")]
+    if not works:
+        return []
+    everyone = dict.fromkeys(who for work, who in found if work in works)
+    rows = [[who, *(_number(_figure(found, work, who, CHUNK), 2) for work in works)] for who in everyone]
+    heads = ["CPU µs/chunk at open streams", *(f"{int(work.removeprefix('flat-')):,}" for work in works)]
+    return ["## flat: about 2,000 chunks a second, over more and more streams", table(heads, rows), *_wrong(found, works)]
+
+
+def _figure(found: Summaries, work: str, who: str, figure: str) -> float | None:
+    return found[work, who].figures.get(figure) if (work, who) in found else None
 
 
 def targets(found: Summaries) -> str:
@@ -104,8 +133,15 @@ def _notes(rows: Mapping[str, Summary]) -> list[str]:
         notes.append(
             "\\* the load generator's core was over 90 % busy: the rate is its own, and latencies are longer for it; CPU holds"
         )
-    notes += [f"{who}: {one.wrong} wrong replies: {one.first_wrong}" for who, one in rows.items() if one.wrong]
-    return notes
+    return notes + [_wrong_of(who, one) for who, one in rows.items() if one.wrong]
+
+
+def _wrong(found: Summaries, works: Sequence[str]) -> list[str]:
+    return [_wrong_of(f"{who} ({work})", one) for (work, who), one in found.items() if work in works and one.wrong]
+
+
+def _wrong_of(who: str, one: Summary) -> str:
+    return f"{who}: {one.wrong} wrong replies: {one.first_wrong}"
 
 
 def _circumstances(result: Mapping[str, Any]) -> str:

@@ -21,7 +21,8 @@ from bench.medians import ratio, summaries
 from bench.picture import BAR, Panel, svg
 from bench.provider import OPENAI, STREAM_HEAD, Paced, at_once, ending, frame, in_one_piece, opening
 from bench.report import compared, markdown
-from bench.run import Cores, Stage, cast, job_of, place_for, verified
+from bench.run import cast, job_of, place_for, verified
+from bench.stage import Cores, Stage
 from bench.targets import Target, verdict
 from bench.workloads import WORKS, Work, chosen
 from middleware import TABLE
@@ -192,6 +193,15 @@ def test_the_report_names_wrong_replies_and_a_busy_load_generator() -> None:
     report = markdown(result("now", lines))
     assert "| 5* |" in report
     assert "penstock: 2 wrong replies: half of it" in report
+
+
+def test_the_report_says_what_each_middleware_adds_and_whether_a_chunk_costs_the_same() -> None:
+    lines = [line(who, 1, cpu, "alone-json") for who, cpu in (("bare", 100.0), ("+cache", 107.25))]
+    lines += [line("penstock", 1, 0, f"flat-{streams}", cpu_us_per_chunk=streams / 100) for streams in (100, 5000)]
+    report = markdown(result("now", lines))
+    assert "| +cache | 107.2 (+7.2) |" in report
+    assert "| CPU µs/chunk at open streams | 100 | 5,000 |" in report
+    assert "| penstock | 1.00 | 50.00 |" in report
 
 
 def test_two_runs_are_compared_by_their_medians() -> None:
