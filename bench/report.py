@@ -34,7 +34,8 @@ COLUMNS = (
     ("KB per further stream", "kb_per_stream", 1),
 )
 RATIOS = ("smg", "relay", "bare", "nginx", "workers-1")
-COMPARED = ((REQUEST, "CPU µs/request"), (CHUNK, "CPU µs/chunk"), (FIRST, "first chunk ms"), ("resident_mb", "MB"))
+TITLES = {REQUEST: "CPU µs/request", CHUNK: "CPU µs/chunk", FIRST: "first chunk ms", RATE: "requests/s"}
+MEMORY = {"resident_at_mb.200": "MB at 200 streams", "kb_per_stream": "KB per further stream"}
 PICTURED = (
     ("A stream of 100 chunks", "burst", REQUEST, "CPU µs per stream"),
     ("One chunk of 200 paced streams", "paced", CHUNK, "CPU µs per chunk"),
@@ -160,15 +161,18 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """After over before, for each figure that both runs have."""
+    """After over before, for each figure that both runs have; and the same of the ratios to the bare relay, which takes out what
+    the machine did meanwhile."""
     earlier, later = summaries(before["lines"]), summaries(after["lines"])
     rows = []
-    for key in (key for key in later if key in earlier):
-        for figure, title in COMPARED:
-            old, new = earlier[key].figures.get(figure), later[key].figures.get(figure)
+    for work, who in (key for key in later if key in earlier):
+        for figure, title in {WORKS[work].ratio: TITLES[WORKS[work].ratio], **MEMORY}.items():
+            old, new = _figure(earlier, work, who, figure), _figure(later, work, who, figure)
             if old and new:
-                rows.append([" ".join(key), title, f"{old:,.2f}", f"{new:,.2f}", f"{new / old:.3f}"])
-    return table(["", "", before["label"], after["label"], "ratio"], rows)
+                lasting = [ratio(found, work, who, "relay", figure) for found in (earlier, later)]
+                steady = lasting[1] / lasting[0] if lasting[0] and lasting[1] else None
+                rows.append([f"{work} {who}", title, f"{old:,.2f}", f"{new:,.2f}", f"{new / old:.3f}", _number(steady, 3)])
+    return table(["", "", before["label"], after["label"], "ratio", "ratio, less the relay's"], rows)
 
 
 def panels(found: Summaries) -> list[Panel]:

@@ -204,9 +204,11 @@ def test_the_report_says_what_each_middleware_adds_and_whether_a_chunk_costs_the
     assert "| penstock | 1.00 | 50.00 |" in report
 
 
-def test_two_runs_are_compared_by_their_medians() -> None:
-    halved = [{**one, "cpu_us_per_request": float(str(one["cpu_us_per_request"])) / 2} for one in LINES]
-    assert "| json penstock | CPU µs/request | 31.00 | 15.50 | 0.500 |" in compared(result("a", LINES), result("b", halved))
+def test_two_runs_are_compared_by_their_medians_and_by_what_the_relay_did_meanwhile() -> None:
+    before = [line("relay", 1, 10.0), line("penstock", 1, 31.0)]
+    after = [line("relay", 1, 8.0), line("penstock", 1, 15.5)]
+    table = compared(result("a", before), result("b", after))
+    assert "| json penstock | CPU µs/request | 31.00 | 15.50 | 0.500 | 0.625 |" in table
 
 
 def test_the_picture_is_well_formed_and_its_bars_are_to_scale_up_to_the_cut() -> None:
