@@ -34,6 +34,7 @@ from bench.workloads import WORKS, chosen
 
 Json = dict[str, Any]
 LIBRARIES = ("aiohttp", "orjson", "uvloop")
+IDLE = 0.7  # load average over the last minute
 OURS = ("penstock", "bare", "+", "workers")
 
 
@@ -60,7 +61,9 @@ def main() -> int:
 def _run(arguments: argparse.Namespace) -> Json:
     count, seconds = (1, 0.5) if arguments.quick else (arguments.turns, arguments.seconds)
     works = chosen(arguments.work)
-    lines: list[Json] = []
+    facts, lines = machine(), list[Json]()
+    if facts["load before"] > IDLE:
+        print(f"this machine is busy (load average {facts['load before']}): what follows is noise", file=sys.stderr)
     versions: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         place = place_for(arguments.tools.resolve(), Path(scratch))
@@ -71,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> Json:
                 print(_progress(line), flush=True)
     return {
         "label": arguments.label,
-        "machine": machine(),
+        "machine": facts,
         "commit": _commit(),
         "versions": {**versions, **{name: version(name) for name in LIBRARIES}},
         "turns": count,
@@ -112,6 +115,7 @@ def machine() -> Json:
         "memory": f"{memory:.0f} GiB",
         "Linux": platform.release(),
         "Python": platform.python_version(),
+        "load before": round(os.getloadavg()[0], 2),
     }
 
 

@@ -45,6 +45,7 @@ class Watch:
     """CPU time of the gateway, the provider and this process since it was made."""
 
     def __init__(self, job: Job) -> None:
+        self._several = job.clients > 1 or bool(job.watch)
         self._trees = [kernel.tree(process) if process else [] for process in (job.watch, job.provider)]
         self._before = [kernel.cpu_seconds(tree) for tree in self._trees]
         self._own, self._at = time.process_time(), time.monotonic()
@@ -58,7 +59,8 @@ class Watch:
         gateway, provider = (kernel.cpu_seconds(tree) - before for tree, before in zip(self._trees, self._before, strict=True))
         load = time.process_time() - self._own
         shares = {"gateway": gateway / wall, "provider": provider / wall, "load": load / wall}
-        busy = bool(self._trees[0]) and shares["provider"] + shares["load"] > BUSY
+        # One client without a gateway keeps them busy by itself, and waits for nobody.
+        busy = shares["provider"] + shares["load"] > BUSY and self._several
         return {"cpu_s": gateway, "wall_s": wall, "shares": {who: round(x, 3) for who, x in shares.items()}, "bottleneck": busy}
 
 

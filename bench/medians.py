@@ -38,7 +38,9 @@ def summaries(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Summa
         grouped[line["work"], line["who"]].append(line)
     found = {key: _summary(group) for key, group in grouped.items()}
     for (work, _), summary in found.items():
-        if floor := found.get((work, "direct")):
+        floor = found.get((work, "direct"))
+        # A provider that runs late without any gateway is no floor.
+        if floor is not None and not floor.bottleneck:
             for name in ADDED:
                 if name in summary.figures and name in floor.figures:
                     summary.figures[f"added_{name}"] = summary.figures[name] - floor.figures[name]

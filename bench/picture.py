@@ -1,7 +1,7 @@
 """Horizontal bars as SVG text, for the README.
 
-Strategy: one panel per quantity, each on a linear scale of its own that starts at zero and ends a little beyond our own bar's
-neighbours; a bar that is far longer is cut, with a gap to show it, and its figure stands beside it like all others.
+Strategy: one panel per quantity, each on a linear scale of its own from zero to the longest bar within a few times ours; one that
+is far longer reaches beyond the scale, with a gap to show it. Every bar has its figure beside it.
 The one rule: lengths are to scale up to the cut, and nothing is logarithmic.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-WIDTH, LABEL, BAR, FIGURE = 760, 180, 460, 100
+WIDTH, LABEL, BAR, BEYOND = 760, 180, 400, 60
 ROW, HEAD, MARGIN = 24, 44, 16
 CUT = 4.0  # times our own figure
 OURS, OTHERS, PAPER, INK, FAINT = "#d9480f", "#9aa5b1", "#ffffff", "#1f2933", "#616e7c"
@@ -68,7 +68,7 @@ def _panel(panel: Panel, top: int) -> list[str]:
 def _bar(bar: Bar, end: float, top: int) -> list[str]:
     name, figure, ours = bar
     cut = figure > end
-    length = BAR if cut else max(1.0, BAR * figure / end)
+    length = float(BAR + BEYOND) if cut else max(1.0, BAR * figure / end)
     colour, weight = (OURS, "600") if ours else (OTHERS, "400")
     written = f"{figure:,.0f}" if figure >= 100 else f"{figure:.1f}"
     parts = [
@@ -78,6 +78,6 @@ def _bar(bar: Bar, end: float, top: int) -> list[str]:
         f"<text x='{LABEL + length + 6:.1f}' y='{top + 13}' {FONT} font-weight='{weight}' fill='{INK}'>{written}</text>",
     ]
     if cut:
-        at = LABEL + BAR - 40
+        at = LABEL + BAR + BEYOND // 2
         parts.insert(2, f"<path d='M{at} {top + ROW - 5} l8 -21 h6 l-8 21 z' fill='{PAPER}'/>")
     return parts

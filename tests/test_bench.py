@@ -18,7 +18,7 @@ from bench import said
 from bench.checking import Reply, Wanted, WrongReply, check, check_start
 from bench.contestants import name, penstock, shipped
 from bench.medians import ratio, summaries
-from bench.picture import BAR, Panel, svg
+from bench.picture import BAR, BEYOND, Panel, svg
 from bench.provider import OPENAI, STREAM_HEAD, Paced, at_once, ending, frame, in_one_piece, opening
 from bench.report import compared, markdown
 from bench.run import cast, job_of, place_for, verified
@@ -151,6 +151,13 @@ def test_added_latency_is_over_the_direct_way_of_the_same_work() -> None:
     assert summaries(lines)["json", "penstock"].figures["added_first_ms.p50"] == 0.75
 
 
+def test_nothing_is_said_of_added_latency_where_the_direct_way_was_late_itself() -> None:
+    late = line("direct", 1, 0, first_ms={"p50": 0.25}, bottleneck=True)
+    assert (
+        "added_first_ms.p50" not in summaries([late, line("penstock", 1, 1, first_ms={"p50": 1.0})])["json", "penstock"].figures
+    )
+
+
 def test_memory_per_further_stream_is_that_between_the_last_two_levels() -> None:
     lines = [line("penstock", 1, 1, "open", resident_at_mb={"0": 40.0, "200": 50.0, "400": 55.0})]
     assert summaries(lines)["open", "penstock"].figures["kb_per_stream"] == 25.0
@@ -215,7 +222,7 @@ def test_the_picture_is_well_formed_and_its_bars_are_to_scale_up_to_the_cut() ->
     panel = Panel("A <title> & more", "µs", [("smg", 20.0, False), ("Penstock", 40.0, True), ("slow", 4000.0, False)])
     root = ElementTree.fromstring(svg([panel, panel], "caption"))
     drawn = [float(one.get("width", 0)) for one in root.iter("{http://www.w3.org/2000/svg}rect")][1:4]
-    assert drawn == [BAR / 2, BAR, BAR]
+    assert drawn == [BAR / 2, BAR, BAR + BEYOND]
     assert [one.text for one in root.iter("{http://www.w3.org/2000/svg}text")].count("4,000") == 2
     assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) == 2, "the long bar is visibly cut in each panel"
 
