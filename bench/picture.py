@@ -58,7 +58,7 @@ def svg(panels: Sequence[Panel], caption: str) -> str:
 def _panel(panel: Panel, top: int) -> list[str]:
     parts = [
         f"<text x='{MARGIN}' y='{top + 18}' {FONT} font-weight='600' fill='{INK}'>{escape(panel.title)}"
-        f"<tspan font-weight='400' fill='{FAINT}'>  {escape(panel.unit)}, shorter is better</tspan></text>"
+        f"<tspan dx='10' font-weight='400' fill='{FAINT}'>{escape(panel.unit)}, shorter is better</tspan></text>"
     ]
     for number, bar in enumerate(panel.bars):
         parts += _bar(bar, panel.end, top + HEAD - 14 + ROW * number)
