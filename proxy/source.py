@@ -82,6 +82,7 @@ class Source:
             receive(first)
         if not self._over():
             self._pushed.listen(self._data, self._http_end)
+            self._await_end()
 
     def pause(self) -> None:
         """A slow reader is not the upstream's silence: the idle limit stands still."""
@@ -107,7 +108,13 @@ class Source:
             if self._waiting_since is not None:
                 self._waiting_since = self._loop.time()
             self._receive(batch)
-        if not self._over() and self._settling is None and decoder.stream.finishing and decoder.finished:
+        if not self._over():
+            self._await_end()
+
+    def _await_end(self) -> None:
+        """Behind the last finish reason silence is an end; pings do not put it off."""
+        decoder = self._decoder
+        if self._settling is None and decoder.stream.finishing and decoder.finished and not self._closed and not decoder.over():
             self._settling = self._loop.call_later(self._settle, self._settled)
 
     def _http_end(self, error: GatewayError | None) -> None:

@@ -1,7 +1,8 @@
 """One response whose head is in: its body is pulled (`read`) or pushed (`listen`), and its connection let go or closed.
 
-Strategy: the connection hands on what each network read gave; here it waits in a list until it is taken. A puller that does not
-take it stops the reading at HIGH_WATER; a listener says `pause` when it has enough.
+Strategy: the connection hands on what each network read gave; here it waits in a list until it is taken. Where nobody takes it (a
+puller that is busy, a listener that has said `pause`) the reading stops at HIGH_WATER, not before: so the end of a short rest is
+noticed, and its connection let go, while the client is still behind.
 The one rule: once the HTTP end is in, the connection is no longer this response's, and nothing done here touches it.
 """
 
@@ -79,8 +80,6 @@ class HttpResponse:
 
     def pause(self) -> None:
         self._held = True
-        if self._connection is not None:
-            self._connection.pause()
 
     def resume(self) -> None:
         self._held = False
@@ -134,7 +133,7 @@ class HttpResponse:
 
     def _advance(self) -> None:
         """Tell the listener, or the reader; if neither is there, see that it does not become too much."""
-        if self._receive is not None:
+        if self._receive is not None and not self._held:
             if not self._pushing:
                 self._push()
         elif self._waiter is not None:
