@@ -1,4 +1,4 @@
-"""The command line: serve, check, schema.
+"""The command line: serve, check, schema, conformance.
 
 Strategy: argparse, one function per command, each returning the exit status. Results go to stdout, what is wrong to stderr.
 The one rule: an operator's mistake is never a traceback; it is a line per fault and exit status 1.
@@ -16,6 +16,7 @@ from typing import Any
 
 from proxy import __version__
 from proxy.config import Config, ConfigError, json_schema, load, parse
+from proxy.conformance.options import add_options
 from proxy.wording import PER_WORKER
 
 # What the built-in config switches on of the middleware that is there; any of it may have been deleted.
@@ -69,6 +70,13 @@ def schema(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def conformance(arguments: argparse.Namespace) -> int:
+    """Test a gateway, ours or any other, against a provider that misbehaves."""
+    from proxy.conformance.command import conformance as run  # here, so that serving does not load the kit
+
+    return run(arguments)
+
+
 def summary(config: Config) -> list[str]:
     """What is in a config, a line per kind of thing."""
     enabled = [name for name, provider in config.providers.items() if provider.missing is None]
@@ -117,10 +125,13 @@ def _parser() -> argparse.ArgumentParser:
         (serve, "run the gateway"),
         (check, "say what is wrong with a config file"),
         (schema, "print its JSON Schema"),
+        (conformance, "test an OpenAI-compatible gateway for what it does with a provider that misbehaves"),
     ):
         found = commands.add_parser(command.__name__, help=text, description=command.__doc__)
         found.set_defaults(command=command)
-        if command is not schema:
+        if command is conformance:
+            add_options(found)
+        elif command is not schema:
             found.add_argument("-c", "--config", type=Path, metavar="FILE", help="default: ./config.yaml, else a built-in demo")
         if command is serve:
             # Text, not numbers: the config's own checks judge them, with the same words as for the file.

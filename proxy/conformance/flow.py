@@ -1,0 +1,277 @@
+"""Cases about time: who waits for whom, who hangs up when, and what the gateway adds.
+
+Strategy: provider and checker share one process and one clock, so that a chunk's way is a difference of two readings, and the
+provider can wait for the checker to have seen a chunk before it sends the next (lock step): a gateway that holds chunks back
+stops that conversation, however fast the machine is.
+The one rule: only what cannot depend on the machine's speed is judged; times are reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+from proxy.conformance.content import STOP, TOOL_STOP, same
+from proxy.conformance.framing import over
+from proxy.conformance.provider import Answer, Exchange, Line
+from proxy.conformance.said import DONE, ROLE, Json, chunk, event, events, heard, text, tool
+from proxy.conformance.trial import Case, Trial, Variant
+from proxy.conformance.verdict import Result, Severity, Verdict, how
+
+PATIENCE = 2.0  # seconds within which a chunk must have come through, before it counts as held back
+ROUNDS = 5  # times that each way of leaving is tried
+STEPS = 100
+OPENINGS = 40
+
+
+class LockStep:
+    """A stream whose provider waits for each chunk to be seen. sent, seen: times per chunk; held: the first that did not come
+    through while the provider waited."""
+
+    def __init__(self, chunks: Sequence[Json], last: Json) -> None:
+        self._written, self._last = events(chunks), event(last)
+        self.sent = [0.0] * len(chunks)
+        self.seen = [0.0] * len(chunks)
+        self.held: int | None = None
+        self._arrivals = [asyncio.Event() for _ in chunks]
+
+    async def answer(self, line: Line) -> None:
+        await line.open()
+        await line.chunk(event(chunk(ROLE)))
+        for number, written in enumerate(self._written):
+            self.sent[number] = time.perf_counter()
+            await line.chunk(written)
+            if self.held is None and not await _within(PATIENCE, self._arrivals[number].wait()):
+                self.held = number
+        await line.chunk(self._last + DONE)
+        await line.end()
+
+    def note(self, number: int, at: float) -> None:
+        """Chunk `number` is seen, and so is every one before it."""
+        for passed in range(number, -1, -1):
+            if self.seen[passed]:
+                break
+            self.seen[passed] = at
+            self._arrivals[passed].set()
+
+
+async def _within(seconds: float, waited: Awaitable[object]) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            await waited
+    except TimeoutError:
+        return False
+    return True
+
+
+async def _step(trial: Trial, steps: LockStep, direct: bool = False) -> str | None:
+    """Hold one such conversation; what is wrong with it in words."""
+    conversation, _ = await trial.open(steps.answer, direct)
+    got, count = heard(()), 0
+    async with asyncio.timeout(trial.setting.gateway.limit):
+        async for one in conversation:
+            got.add(one.text, one.name)
+            choice = got.choice()
+            marks = choice.text.count("·") + sum(call.arguments.count("·") for call in choice.tools.values())
+            if marks > count:
+                count = marks
+                steps.note(marks - 1, one.at)
+    await conversation.leave()
+    if steps.held is not None:
+        return f"chunk {steps.held} was held back until the provider sent more"
+    if count != len(steps.seen) or got.done != 1:
+        return f"{count} of {len(steps.seen)} chunks; {how(conversation.received)}"
+    return None
+
+
+def _texts(count: int) -> LockStep:
+    return LockStep(text(*(f"{number}·" for number in range(count))), STOP)
+
+
+async def lock_step(trial: Trial) -> Verdict:
+    problem = await _step(trial, _texts(STEPS))
+    return Verdict(Result.FAIL, problem) if problem else Verdict(Result.PASS, f"{STEPS} chunks, one at a time")
+
+
+async def lock_step_tools(trial: Trial) -> Verdict:
+    pieces = [tool(0, '{"a": "·', "call_a", "f"), *(tool(0, "·") for _ in range(20)), tool(0, '·"}')]
+    problem = await _step(trial, LockStep(pieces, TOOL_STOP))
+    return Verdict(Result.FAIL, problem) if problem else Verdict(Result.PASS, f"{len(pieces)} pieces, one at a time")
+
+
+def quantiles(figures: Sequence[float]) -> tuple[float, float]:
+    """Median and 99th percentile."""
+    return statistics.median(figures), statistics.quantiles(figures, n=100, method="inclusive")[98]
+
+
+def _added(through: Sequence[float], direct: Sequence[float]) -> Verdict:
+    """What the way through the gateway takes more than the direct one. Both in seconds, told in milliseconds."""
+    (p50, p99), (own50, own99) = quantiles(through), quantiles(direct)
+    added = {"p50_ms": (p50 - own50) * 1e3, "p99_ms": (p99 - own99) * 1e3}
+    figures = {**{name: round(value, 3) for name, value in added.items()}, "direct_p50_ms": round(own50 * 1e3, 3)}
+    return Verdict(Result.MEASURED, f"p50 {added['p50_ms']:.2f} ms, p99 {added['p99_ms']:.2f} ms over direct", figures)
+
+
+async def latency_chunk(trial: Trial) -> Verdict:
+    """From the provider's write to the checker's read, through the gateway and direct, in turn."""
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for direct in (False, True) * 3:
+        steps = _texts(STEPS)
+        if problem := await _step(trial, steps, direct):
+            return Verdict(Result.NOT_JUDGED, problem)
+        found[direct] += [seen - sent for sent, seen in zip(steps.sent, steps.seen, strict=True)]
+    return _added(found[False], found[True])
+
+
+async def latency_first(trial: Trial) -> Verdict:
+    """From the request to the first text, where the provider answers at once."""
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(2 * OPENINGS):
+        direct = bool(number % 2)
+        conversation, _ = await trial.open(_at_once, direct)
+        received = await conversation.finish(trial.setting.gateway.limit)
+        first = next((one.at for one in received.events if '"x"' in one.text), None)
+        if first is None:
+            return Verdict(Result.NOT_JUDGED, how(received))
+        found[direct].append(first - received.sent_at)
+    return _added(found[False], found[True])
+
+
+async def _at_once(line: Line) -> None:
+    await line.open()
+    await line.chunk(b"".join(events([chunk(ROLE), *text("x"), STOP])) + DONE)
+    await line.end()
+
+
+async def _says_nothing(line: Line) -> None:
+    await line.silence()
+
+
+async def _opens(line: Line) -> None:
+    await line.open()
+    await line.silence()
+
+
+async def _falls_silent(line: Line) -> None:
+    await line.open()
+    await line.chunk(*events([chunk(ROLE), *text("x")]))
+    await line.silence()
+
+
+async def _talks_on(line: Line) -> None:
+    await line.open()
+    await line.chunk(event(chunk(ROLE)))
+    while True:
+        await line.chunk(*events(text("x")))
+        await asyncio.sleep(0.02)
+
+
+def leaving(
+    answer: Answer, *, after_text: bool = False, reset: bool = False, stream: bool = True
+) -> Callable[[Trial], Awaitable[Verdict]]:
+    """The client leaves; the provider must see the gateway hang up."""
+
+    async def run(trial: Trial) -> Verdict:
+        took = []
+        for _ in range(ROUNDS):
+            found = await _leave(trial, answer, after_text, reset, stream)
+            if isinstance(found, str):
+                return Verdict(Result.FAIL, found)
+            took.append(found * 1e3)
+        figures = {"median_ms": round(statistics.median(took), 2), "max_ms": round(max(took), 2)}
+        return Verdict(Result.PASS, f"after {figures['median_ms']:.1f} ms (at most {figures['max_ms']:.1f})", figures)
+
+    return run
+
+
+async def _leave(trial: Trial, answer: Answer, after_text: bool, reset: bool, stream: bool) -> float | str:
+    """Seconds between the client's leaving and the gateway's, or what went wrong."""
+    conversation, exchange = await trial.open(answer, stream=stream)
+    if not await _within(trial.setting.cancel_limit, exchange.arrived.wait()):
+        await conversation.leave()
+        return "the provider was never asked"
+    if after_text and not await _within(trial.setting.cancel_limit, anext(aiter(conversation))):
+        await conversation.leave()
+        return "no first chunk while the provider waited"
+    left = time.perf_counter()
+    await conversation.leave(reset)
+    return await _gone(exchange, left, trial.setting.cancel_limit)
+
+
+async def _gone(exchange: Exchange, left: float, limit: float) -> float | str:
+    if not await _within(limit, exchange.gone.wait()):
+        return f"the provider's connection was still open {limit:g} s after the client had left"
+    return exchange.gone_at - left
+
+
+def _side_by_side() -> Iterator[Variant]:
+    for number in range(50):
+        words = [f"stream {number} word {word}; " for word in range(20)]
+        told = [chunk(ROLE), *text(*words), STOP]
+        plain = same(told, f"stream {number}")
+        yield Variant(plain.label, _paced(events(told)), plain.judge)
+
+
+def _paced(written: Sequence[bytes]) -> Answer:
+    async def answer(line: Line) -> None:
+        await line.open()
+        for one in written:
+            await line.chunk(one)
+            await asyncio.sleep(0.01)
+        await line.chunk(DONE)
+        await line.end()
+
+    return answer
+
+
+async def slow_reader(trial: Trial) -> Verdict:
+    """The client takes nothing; how much does the gateway take from the provider meanwhile?"""
+    written, stopped = 0, asyncio.Event()
+    piece = b"".join(events(text("x" * 1000))) * 64
+
+    async def answer(line: Line) -> None:
+        nonlocal written
+        await line.open()
+        while written < FLOOD:
+            if not await _within(PATIENCE, line.chunk(piece)):
+                break
+            written += len(piece)
+        stopped.set()
+        await line.silence()
+
+    conversation, _ = await trial.open(answer)
+    await anext(aiter(conversation), None)
+    await stopped.wait()
+    await conversation.leave()
+    megabytes = written / 2**20
+    if written >= FLOOD:
+        return Verdict(Result.FAIL, f"took all {megabytes:.0f} MiB from the provider for a client that reads none")
+    return Verdict(Result.PASS, f"stopped the provider after {megabytes:.1f} MiB", {"mib": round(megabytes, 1)})
+
+
+FLOOD = 64 * 2**20
+LEAK, COST, LOSS = Severity.LEAK, Severity.COST, Severity.LOSS
+PAID = "what nobody reads is generated on, and paid for"
+CASES = (
+    Case("concurrent", "50 streams at once do not mix", LEAK, "one client would read another's answer", over(_side_by_side, 50)),
+    Case("lock-step", "each chunk reaches the client before the provider sends the next", COST,
+         "a gateway that buffers is no streaming gateway", lock_step, alone=True),
+    Case("lock-step-tools", "so does each piece of a tool call's arguments", COST, "long arguments are shown as they come",
+         lock_step_tools, alone=True),
+    Case("cancel-talking", "the client leaves in mid-stream: the provider is hung up on", COST, PAID,
+         leaving(_talks_on, after_text=True), alone=True),
+    Case("cancel-silent", "the same while the provider is silent", COST, PAID,
+         leaving(_falls_silent, after_text=True), alone=True),
+    Case("cancel-reset", "the same when the client resets the connection", COST, PAID,
+         leaving(_falls_silent, after_text=True, reset=True), alone=True),
+    Case("cancel-first", "the client leaves before the first chunk: the provider is hung up on", COST, PAID, leaving(_opens),
+         alone=True),
+    Case("cancel-head", "the same before the provider has answered at all", COST, PAID, leaving(_says_nothing), alone=True),
+    Case("cancel-whole", "the same where no stream was asked for", COST, PAID, leaving(_says_nothing, stream=False), alone=True),
+    Case("slow-reader", "a client that reads nothing stops the provider, not the gateway's memory", LEAK,
+         "one stalled phone must not fill a server", slow_reader, alone=True),
+    Case("latency-chunk", "added time per chunk", COST, "measured, not judged", latency_chunk, alone=True),
+    Case("latency-first", "added time to the first text", COST, "measured, not judged", latency_first, alone=True),
+)  # fmt: skip
