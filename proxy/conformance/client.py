@@ -112,7 +112,8 @@ class Conversation:
                     pass
         except TimeoutError:
             self.received.end = "open"
-        await self.leave()
+        finally:
+            await self.leave()
         return self.received
 
     async def leave(self, reset: bool = False) -> None:
@@ -144,7 +145,7 @@ class Conversation:
             received.end = "cut" if received.status else "none"
         except ConnectionError:
             received.end = "reset" if received.status else "none"
-        except ValueError as error:
+        except (ValueError, IndexError, asyncio.LimitOverrunError) as error:
             received.end = "cut"
             received.faults.append(f"broken HTTP: {error}")
         received.body = b"".join(parts)

@@ -229,7 +229,7 @@ def _paced(written: Sequence[bytes]) -> Answer:
 async def slow_reader(trial: Trial) -> Verdict:
     """The client takes nothing; how much does the gateway take from the provider meanwhile?"""
     written, stopped = 0, asyncio.Event()
-    piece = b"".join(events(text("x" * 1000))) * 64
+    piece = event(text("x" * 2**14)[0]) * 4
 
     async def answer(line: Line) -> None:
         nonlocal written
@@ -242,9 +242,10 @@ async def slow_reader(trial: Trial) -> Verdict:
         await line.silence()
 
     conversation, _ = await trial.open(answer)
-    await anext(aiter(conversation), None)
-    await stopped.wait()
+    in_time = await _within(trial.setting.gateway.limit, stopped.wait())
     await conversation.leave()
+    if not in_time:
+        return Verdict(Result.NOT_JUDGED, "neither stopped nor taken within --timeout")
     megabytes = written / 2**20
     if written >= FLOOD:
         return Verdict(Result.FAIL, f"took all {megabytes:.0f} MiB from the provider for a client that reads none")

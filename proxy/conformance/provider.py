@@ -130,7 +130,7 @@ class Provider:
             early = b""
             while (request := await _request(reader, early)) is not None:
                 early = await self._respond(*request, reader, writer)
-                if writer.is_closing():
+                if writer.is_closing() or request[1].get("connection", "").lower() == "close":
                     break
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass

@@ -54,7 +54,7 @@ async def run(cases: Sequence[Case], setting: Setting, say: Callable[[str], None
 async def _judged(case: Case, setting: Setting) -> Verdict:
     try:
         return await case.run(Trial(case.id, setting))
-    except (OSError, TimeoutError) as error:
+    except Exception as error:
         return Verdict(Result.FAIL, f"broke off: {type(error).__name__} {error}".rstrip())
 
 

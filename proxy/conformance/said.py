@@ -116,7 +116,10 @@ class Heard:
             self.errors.append(found.get("error") or found)
         else:
             self.chunks.append(found)
-            self._chunk(found)
+            try:
+                self._chunk(found)
+            except (AttributeError, TypeError, KeyError):
+                self.stumbles.append(f"a chunk has an odd shape: {written[:60]!r}")
 
     def _chunk(self, found: Json) -> None:
         if isinstance(found.get("usage"), dict):
