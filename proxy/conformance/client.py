@@ -10,7 +10,6 @@ Framing: RFC 9112, section 6.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import struct
 import time
@@ -126,8 +125,7 @@ class Conversation:
             self._writer.transport.abort()
         else:
             self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+        await closed(self._writer)
 
     async def _read(self) -> AsyncGenerator[Event, None]:
         received, parts = self.received, list[bytes]()
@@ -188,6 +186,15 @@ class Conversation:
                 raise asyncio.IncompleteReadError(b"", size)
             size -= len(piece)
             yield piece
+
+
+async def closed(writer: asyncio.StreamWriter) -> None:
+    """Until a connection that is being closed is; one whose other side takes nothing more is dropped after a second."""
+    try:
+        async with asyncio.timeout(1):
+            await writer.wait_closed()
+    except (OSError, TimeoutError):
+        writer.transport.abort()
 
 
 def linger(writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""Cases about time: who waits for whom, who hangs up when, and what the gateway adds.
+"""Cases about time: who waits for whom, and what the gateway adds.
 
 Strategy: provider and checker share one process and one clock, so that a chunk's way is a difference of two readings, and the
 provider can wait for the checker to have seen a chunk before it sends the next (lock step): a gateway that holds chunks back
@@ -11,17 +11,17 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 
-from proxy.conformance.content import STOP, TOOL_STOP, same
+from proxy.conformance.calls import TOOL_STOP
+from proxy.conformance.content import STOP, same
 from proxy.conformance.framing import over
-from proxy.conformance.provider import Answer, Exchange, Line
+from proxy.conformance.provider import Answer, Line
 from proxy.conformance.said import DONE, ROLE, Json, chunk, event, events, heard, text, tool
 from proxy.conformance.trial import Case, Trial, Variant
 from proxy.conformance.verdict import Result, Severity, Verdict, how
 
 PATIENCE = 2.0  # seconds within which a chunk must have come through, before it counts as held back
-ROUNDS = 5  # times that each way of leaving is tried
 STEPS = 100
 OPENINGS = 40
 
@@ -43,7 +43,7 @@ class LockStep:
         for number, written in enumerate(self._written):
             self.sent[number] = time.perf_counter()
             await line.chunk(written)
-            if self.held is None and not await _within(PATIENCE, self._arrivals[number].wait()):
+            if self.held is None and not await within(PATIENCE, self._arrivals[number].wait()):
                 self.held = number
         await line.chunk(self._last + DONE)
         await line.end()
@@ -57,7 +57,8 @@ class LockStep:
             self._arrivals[passed].set()
 
 
-async def _within(seconds: float, waited: Awaitable[object]) -> bool:
+async def within(seconds: float, waited: Awaitable[object]) -> bool:
+    """Did it come about in time?"""
     try:
         async with asyncio.timeout(seconds):
             await waited
@@ -145,67 +146,6 @@ async def _at_once(line: Line) -> None:
     await line.end()
 
 
-async def _says_nothing(line: Line) -> None:
-    await line.silence()
-
-
-async def _opens(line: Line) -> None:
-    await line.open()
-    await line.silence()
-
-
-async def _falls_silent(line: Line) -> None:
-    await line.open()
-    await line.chunk(*events([chunk(ROLE), *text("x")]))
-    await line.silence()
-
-
-async def _talks_on(line: Line) -> None:
-    await line.open()
-    await line.chunk(event(chunk(ROLE)))
-    while True:
-        await line.chunk(*events(text("x")))
-        await asyncio.sleep(0.02)
-
-
-def leaving(
-    answer: Answer, *, after_text: bool = False, reset: bool = False, stream: bool = True
-) -> Callable[[Trial], Awaitable[Verdict]]:
-    """The client leaves; the provider must see the gateway hang up."""
-
-    async def run(trial: Trial) -> Verdict:
-        took = []
-        for _ in range(ROUNDS):
-            found = await _leave(trial, answer, after_text, reset, stream)
-            if isinstance(found, str):
-                return Verdict(Result.FAIL, found)
-            took.append(found * 1e3)
-        figures = {"median_ms": round(statistics.median(took), 2), "max_ms": round(max(took), 2)}
-        return Verdict(Result.PASS, f"after {figures['median_ms']:.1f} ms (at most {figures['max_ms']:.1f})", figures)
-
-    return run
-
-
-async def _leave(trial: Trial, answer: Answer, after_text: bool, reset: bool, stream: bool) -> float | str:
-    """Seconds between the client's leaving and the gateway's, or what went wrong."""
-    conversation, exchange = await trial.open(answer, stream=stream)
-    if not await _within(trial.setting.cancel_limit, exchange.arrived.wait()):
-        await conversation.leave()
-        return "the provider was never asked"
-    if after_text and not await _within(trial.setting.cancel_limit, anext(aiter(conversation))):
-        await conversation.leave()
-        return "no first chunk while the provider waited"
-    left = time.perf_counter()
-    await conversation.leave(reset)
-    return await _gone(exchange, left, trial.setting.cancel_limit)
-
-
-async def _gone(exchange: Exchange, left: float, limit: float) -> float | str:
-    if not await _within(limit, exchange.gone.wait()):
-        return f"the provider's connection was still open {limit:g} s after the client had left"
-    return exchange.gone_at - left
-
-
 def _side_by_side() -> Iterator[Variant]:
     for number in range(50):
         words = [f"stream {number} word {word}; " for word in range(20)]
@@ -235,14 +175,14 @@ async def slow_reader(trial: Trial) -> Verdict:
         nonlocal written
         await line.open()
         while written < FLOOD:
-            if not await _within(PATIENCE, line.chunk(piece)):
+            if not await within(PATIENCE, line.chunk(piece)):
                 break
             written += len(piece)
         stopped.set()
         await line.silence()
 
     conversation, _ = await trial.open(answer)
-    in_time = await _within(trial.setting.gateway.limit, stopped.wait())
+    in_time = await within(trial.setting.gateway.limit, stopped.wait())
     await conversation.leave()
     if not in_time:
         return Verdict(Result.NOT_JUDGED, "neither stopped nor taken within --timeout")
@@ -254,23 +194,12 @@ async def slow_reader(trial: Trial) -> Verdict:
 
 FLOOD = 64 * 2**20
 LEAK, COST, LOSS = Severity.LEAK, Severity.COST, Severity.LOSS
-PAID = "what nobody reads is generated on, and paid for"
 CASES = (
     Case("concurrent", "50 streams at once do not mix", LEAK, "one client would read another's answer", over(_side_by_side, 50)),
     Case("lock-step", "each chunk reaches the client before the provider sends the next", COST,
          "a gateway that buffers is no streaming gateway", lock_step, alone=True),
     Case("lock-step-tools", "so does each piece of a tool call's arguments", COST, "long arguments are shown as they come",
          lock_step_tools, alone=True),
-    Case("cancel-talking", "the client leaves in mid-stream: the provider is hung up on", COST, PAID,
-         leaving(_talks_on, after_text=True), alone=True),
-    Case("cancel-silent", "the same while the provider is silent", COST, PAID,
-         leaving(_falls_silent, after_text=True), alone=True),
-    Case("cancel-reset", "the same when the client resets the connection", COST, PAID,
-         leaving(_falls_silent, after_text=True, reset=True), alone=True),
-    Case("cancel-first", "the client leaves before the first chunk: the provider is hung up on", COST, PAID, leaving(_opens),
-         alone=True),
-    Case("cancel-head", "the same before the provider has answered at all", COST, PAID, leaving(_says_nothing), alone=True),
-    Case("cancel-whole", "the same where no stream was asked for", COST, PAID, leaving(_says_nothing, stream=False), alone=True),
     Case("slow-reader", "a client that reads nothing stops the provider, not the gateway's memory", LEAK,
          "one stalled phone must not fill a server", slow_reader, alone=True),
     Case("latency-chunk", "added time per chunk", COST, "measured, not judged", latency_chunk, alone=True),

@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from proxy.conformance.client import linger
+from proxy.conformance.client import closed, linger
 
 Json = dict[str, Any]
 TOKEN = re.compile(r"conf-[a-z0-9-]+")
@@ -132,12 +132,14 @@ class Provider:
                 early = await self._respond(*request, reader, writer)
                 if writer.is_closing() or request[1].get("connection", "").lower() == "close":
                     break
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+        except (ConnectionError, asyncio.IncompleteReadError):
             pass
+        except asyncio.CancelledError:
+            writer.transport.abort()
         finally:
             writer.close()
-            with contextlib.suppress(OSError, asyncio.CancelledError):
-                await writer.wait_closed()
+            with contextlib.suppress(asyncio.CancelledError):
+                await closed(writer)
             self._tasks.discard(task)
 
     async def _respond(

@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
-from proxy.conformance import broken, content, flow, framing
+from proxy.conformance import broken, calls, content, flow, framing, leaving
 from proxy.conformance.content import STOP, said
 from proxy.conformance.said import ROLE, chunk, heard, text
 from proxy.conformance.trial import Case, Setting, Trial
 from proxy.conformance.verdict import Result, Verdict, intact
 
-CASES: tuple[Case, ...] = (*framing.CASES, *content.CASES, *broken.CASES, *flow.CASES)
+CASES: tuple[Case, ...] = (
+    *framing.CASES, *content.CASES, *calls.CASES, *broken.CASES, *flow.CASES, *leaving.CASES,
+)  # fmt: skip
 
 
 class Unreachable(Exception):
