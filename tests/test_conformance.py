@@ -260,7 +260,7 @@ async def judged(relay: type[Relay], cases: tuple[str, ...]) -> dict[str, Result
 
 
 def _setting(provider: Provider, url: str) -> Setting:
-    return Setting(Endpoint(url, limit=10.0), provider, "test", "{model}", stall_limit=0.3, cancel_limit=0.3)
+    return Setting(Endpoint(url, limit=10.0), provider, "test", "{model}", stall_limit=0.3, cancel_limit=1.0)
 
 
 @asynccontextmanager
@@ -474,10 +474,27 @@ def test_the_exit_status_tells_wrong_usage_and_no_gateway() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_wrong_option_is_a_line_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("prot: 1")
+    gateway = ("--url", "http://127.0.0.1:9/v1")
+    for wrong in (
+        (*gateway, "--provider-listen", "nowhere"), (*gateway, "--body", "[1"), (*gateway, "--header", "x"),
+        ("--url", "127.0.0.1:80"),
+        ("--self", "-c", str(tmp_path / "c.yaml")),
+    ):  # fmt: skip
+        done = command(*wrong)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), wrong
+
+
 def test_list_names_every_case_once() -> None:
     lines = command("--list").stdout.splitlines()
     assert [line.split()[0] for line in lines] == [case.id for case in CASES]
     assert len({case.id for case in CASES}) == len(CASES)
+
+
+def test_the_page_has_a_row_for_every_judged_case() -> None:
+    page = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    assert [case.id for case in CASES if f"| `{case.id}` |" not in page] == ["latency-chunk", "latency-first"]
 
 
 def test_globs_choose() -> None:

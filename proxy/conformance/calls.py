@@ -95,8 +95,8 @@ def _role_streams() -> Iterator[Variant]:
     yield Variant("on a chunk of its own", said(plain), also(intact(heard(plain)), _roles))
     first = [chunk({"role": "assistant", "content": "a"}), *text("b"), STOP]
     yield Variant("with the first text", said(first), also(intact(heard(first)), _roles))
-    two = heard(TWO_CHOICES)
-    yield Variant("of two choices", said(TWO_CHOICES), also(intact(two), _roles))
+    two = [chunk(ROLE), chunk(ROLE, index=1), *text("a"), *text("b", index=1), chunk(finish="stop", index=1), STOP]
+    yield Variant("of two choices", said(two), also(intact(heard(two)), _roles))
 
 
 def _odd_roles() -> Iterator[Variant]:

@@ -99,6 +99,5 @@ def _progress(line: str) -> None:
 
 
 def _headers(arguments: argparse.Namespace) -> dict[str, str]:
-    pairs = (written.partition(":") for written in arguments.header)
-    found = {name.strip(): value.strip() for name, _, value in pairs}
-    return {**({"Authorization": f"Bearer {arguments.key}"} if arguments.key else {}), **found}
+    key = {"Authorization": f"Bearer {arguments.key}"} if arguments.key else {}
+    return {**key, **dict(arguments.header)}

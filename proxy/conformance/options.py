@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 
@@ -14,14 +15,18 @@ LISTEN = "127.0.0.1:9100"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give the command its options."""
-    parser.add_argument("--url", help="the gateway, up to and without /chat/completions")
+    parser.add_argument("--url", type=base_url, help="the gateway, up to and without /chat/completions")
     parser.add_argument("--self", dest="own", action="store_true", help="start our own gateway and run on it")
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="for --self; default: a config of its own")
-    parser.add_argument("--provider-listen", default=LISTEN, metavar="HOST:PORT", help=f"the fake provider; default {LISTEN}")
+    parser.add_argument(
+        "--provider-listen", type=address, default=LISTEN, metavar="HOST:PORT", help=f"the fake provider; default {LISTEN}"
+    )
     parser.add_argument("--key", help="sent as Authorization: Bearer")
-    parser.add_argument("--header", action="append", default=[], metavar="'K: V'", help="sent with every request; repeatable")
+    parser.add_argument(
+        "--header", type=header, action="append", default=[], metavar="'K: V'", help="sent with every request; repeatable"
+    )
     parser.add_argument("--model", default="openai/{model}", metavar="TEMPLATE", help="how the gateway names a model")
-    parser.add_argument("--body", type=_object, default={}, metavar="JSON", help="fields for every request")
+    parser.add_argument("--body", type=json_object, default={}, metavar="JSON", help="fields for every request")
     parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="only these cases; repeatable")
     parser.add_argument("--skip", action="append", default=[], metavar="GLOB", help="not these cases; repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
@@ -35,7 +40,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the cases")
 
 
-def _object(written: str) -> Json:
+def base_url(written: str) -> str:
+    """An http(s) URL with a host. Raises ValueError."""
+    parts = urlsplit(written)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError
+    return written
+
+
+def address(written: str) -> str:
+    """`HOST:PORT`, as it was written. Raises ValueError."""
+    host, _, port = written.rpartition(":")
+    if not host or not 0 <= int(port) < 2**16:
+        raise ValueError
+    return written
+
+
+def header(written: str) -> tuple[str, str]:
+    """`K: V`. Raises ValueError."""
+    name, colon, value = written.partition(":")
+    if not colon or not name.strip() or "\n" in written:
+        raise ValueError
+    return name.strip(), value.strip()
+
+
+def json_object(written: str) -> Json:
+    """Raises ValueError for anything else."""
     found = orjson.loads(written)
     if not isinstance(found, dict):
         raise ValueError("not an object")

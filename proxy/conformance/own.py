@@ -53,13 +53,15 @@ async def _running(command: Sequence[str], environ: dict[str, str]) -> AsyncIter
         draining = asyncio.create_task(_drain(process.stderr))
         yield url
     finally:
-        with suppress(ProcessLookupError):
-            process.terminate()
+        if draining is not None:  # else it has ended by itself, or never began to serve
+            with suppress(ProcessLookupError):
+                process.terminate()
         try:
             async with asyncio.timeout(5):
                 await process.wait()
         except TimeoutError:
-            process.kill()
+            with suppress(ProcessLookupError):
+                process.kill()
             await process.wait()
         if draining is not None:
             await draining
