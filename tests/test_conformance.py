@@ -211,7 +211,7 @@ LIES: list[tuple[type[Relay], tuple[str, ...]]] = [
     (ParsesReads, ("split-chunks",)),
     (KnowsOnlyLf, ("line-ends",)),
     (StopsAtDone, ("quoted",)),
-    (NeverClosesUpstream, ("cancel-silent", "cancel-first", "cancel-head", "cancel-whole", "cancel-reset")),
+    (NeverClosesUpstream, ("cancel-silent", "cancel-first", "cancel-whole")),
     (MixesStreams, ("concurrent",)),
     (SaysStop, ("finish-reason",)),
     (KnowsItsFields, ("logprobs", "unknown-fields", "reasoning", "usage")),
