@@ -90,6 +90,7 @@ class TestTimeout:
                 self.cancelled += 1
 
         timers: list[Counted] = []
+
         def after(seconds: float, callback: object) -> Counted:
             timers.append(Counted())
             return timers[-1]

@@ -24,7 +24,6 @@ from proxy.upstream.coding import PIECE, Inflater
 from proxy.upstream.connection import HEADER_LIMIT, Connection
 from proxy.upstream.pool import KEEP_SECONDS, Pool
 from proxy.upstream.request import Origin
-from proxy.upstream.response import HIGH_WATER
 from proxy.upstream.response import HIGH_WATER, HttpResponse
 
 ORIGIN = Origin(False, "provider.example", 80)

@@ -1,0 +1,381 @@
+"""One reply that several readers follow, each at its own pace: what single flight and resumable streams are made of.
+
+Strategy: the flight reads its reply as soon as it is made and keeps the batches; a follower has a place among them. Who has
+caught up gets each batch in the callback in which it came; who is behind, or came later, gets what it has missed when it asks.
+The reply is read no further while all followers are behind.
+The one rule: a follower never slows the others. One that stays more than `max_lag` bytes behind for `patience` seconds is
+dropped, with an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+from proxy.errors import GatewayError, Outcome
+from proxy.reply import Batch, Ended, Head, Receive, Reply, Run, Trailer, flow_of
+from proxy.timers import Expiry, after
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """keep: bytes that are kept for followers who come later; beyond, the oldest are let go once all followers have them.
+
+    max_lag: bytes that a follower may be behind; patience: for how many seconds it may be further behind than that.
+    """
+
+    keep: int = 0
+    max_lag: int = 2**20
+    patience: float = 60.0
+
+
+class TooFarBehind(GatewayError):
+    """A follower that could not keep up."""
+
+    status = 503
+    code = "too_far_behind"
+    type = "timeout_error"
+    outcome = Outcome.CLIENT_GONE
+
+
+class Flight:
+    """Reads `reply` to its end, or until `close`. Everything here happens in the event loop's thread.
+
+    numbered: the events carry ids, 1, 2, 3…. emptied: called whenever the last follower has left before the end; without it the
+    reply is then closed. ended: called once, when all is over.
+    joinable: a follower can still have it from the start. over: no batch will come any more. error: what broke it, if so.
+    size: bytes kept; total: bytes that have come. number: that of the next event.
+    """
+
+    def __init__(
+        self,
+        reply: Reply,
+        bounds: Bounds,
+        *,
+        numbered: bool = False,
+        emptied: Callable[[Flight], None] | None = None,
+        ended: Callable[[Flight], None] | None = None,
+    ) -> None:
+        self.reply = reply
+        self.bounds = bounds
+        self.over = False
+        self.error: GatewayError | None = None
+        self.size = 0
+        self.total = 0
+        self.number = 1
+        self._numbered = numbered
+        self._emptied = emptied
+        self._told = ended
+        self._kept: deque[tuple[Batch, int]] = deque()
+        self._base = 0
+        self._followers: list[Follower] = []
+        self._flow = flow_of(reply.chunks)
+        self._held = False
+        self._go = asyncio.Event()
+        self._go.set()
+        self._task: asyncio.Task[None] | None = None
+        if self._flow is not None:
+            self._flow.push(self._receive, self._ended)
+        else:
+            self._task = asyncio.get_running_loop().create_task(self._pull())
+
+    @property
+    def joinable(self) -> bool:
+        return self._base == 0
+
+    @property
+    def followers(self) -> int:
+        return len(self._followers)
+
+    def follow(self, after: int = 0, head: Head | None = None) -> Reply | None:
+        """A reply of its own for a further reader, which must read it or close it; None where what it wants is kept no more.
+
+        after: the number of the last event that it has. head: instead of the flight's own.
+        """
+        place, skip = self._place(after)
+        if place is None:
+            return None
+        follower = Follower(self, place, skip)
+        self._followers.append(follower)
+        self._steer()
+        return Reply(head or self.reply.head, follower, follower.trailer, whole=self.reply.whole)
+
+    def close(self, outcome: Outcome = Outcome.CANCELLED, error: GatewayError | None = None) -> None:
+        """End it from outside: the reply is closed, and followers get `error` (or a general one) where it was not over."""
+        if not self.over:
+            self._finish(error or GatewayError("The stream was ended.", code="cancelled"), outcome)
+
+    # Batches in
+
+    def _receive(self, batch: Batch) -> None:
+        if self.over:
+            return
+        if self._numbered:
+            batch = batch.numbered(self.number)
+            self.number += _events(batch)
+        size = len(batch.sse())
+        self._kept.append((batch, size))
+        self.size += size
+        self.total += size
+        for follower in tuple(self._followers):
+            follower.advance()
+        self._trim()
+
+    def _ended(self, error: Exception | None) -> None:
+        if error is not None:
+            known = error if isinstance(error, GatewayError) else GatewayError("The gateway failed on this stream.")
+            self._finish(known, known.outcome)
+        elif self._task is None and self._flow is not None:
+            self._task = asyncio.get_running_loop().create_task(self._settle())
+
+    async def _settle(self) -> None:
+        """What middleware further in does after a clean end comes before the followers' end."""
+        assert self._flow is not None
+        try:
+            await self._flow.finished()
+        except Exception as error:
+            self._ended(error)
+        else:
+            self._finish(None, Outcome.COMPLETED)
+
+    async def _pull(self) -> None:
+        try:
+            async for batch in self.reply.chunks:
+                self._receive(batch)
+                await self._go.wait()
+        except Exception as error:
+            self._ended(error)
+        else:
+            self._finish(None, Outcome.COMPLETED)
+
+    def _finish(self, error: GatewayError | None, outcome: Outcome) -> None:
+        if self.over:
+            return
+        self.over, self.error = True, error
+        self.reply.trailer.end(outcome, error)
+        if self._task is not None and self._task is not _current():
+            self._task.cancel()
+        for follower in tuple(self._followers):
+            follower.advance()
+        if self._told is not None:
+            self._told(self)
+
+    def _trim(self) -> None:
+        """Let go of the oldest batches that are beyond what is kept and that no follower still needs."""
+        needed = min((follower.place for follower in self._followers), default=self._base + len(self._kept))
+        while self.size > self.bounds.keep and self._base < needed:
+            self.size -= self._kept.popleft()[1]
+            self._base += 1
+
+    # Followers
+
+    def batch(self, place: int) -> tuple[Batch, int] | None:
+        """The batch at a place, with its size; None where it has not come yet."""
+        at = place - self._base
+        return self._kept[at] if at < len(self._kept) else None
+
+    def before(self, place: int) -> int:
+        """How many bytes came before the batch at a place."""
+        return self.total - sum(size for _, size in islice(self._kept, place - self._base, None))
+
+    def left(self, follower: Follower) -> None:
+        """A follower has gone."""
+        if follower in self._followers:
+            self._followers.remove(follower)
+            if self._followers or self.over:
+                self._trim()
+                self._steer()
+            elif self._emptied is not None:
+                self._steer()
+                self._emptied(self)
+            else:
+                self.close(Outcome.CLIENT_GONE)
+
+    def steer(self) -> None:
+        """A follower has fallen behind, or caught up."""
+        self._trim()
+        self._steer()
+
+    def _steer(self) -> None:
+        """Read on, unless there are followers and all of them are behind."""
+        held = bool(self._followers) and all(follower.behind for follower in self._followers)
+        if held == self._held or self.over:
+            return
+        self._held = held
+        if held:
+            self._go.clear()
+        else:
+            self._go.set()
+        if self._flow is not None:
+            (self._flow.pause if held else self._flow.resume)()
+
+    def _place(self, after: int) -> tuple[int | None, int]:
+        """Where a follower begins who has the events up to `after`, and how many events of that batch it has."""
+        if after <= 0 or not self._numbered:
+            return (0 if self._base == 0 else None), 0
+        if after >= self.number:
+            return self._base + len(self._kept), 0
+        for place, (batch, _) in enumerate(self._kept, self._base):
+            first = batch.number or 0
+            if after < first:
+                # All before it were let go of; it must follow on what the reader has.
+                return (place if after == first - 1 else None), 0
+            if after < first + _events(batch):
+                return (place, after - first + 1) if not _all(batch, after) else (place + 1, 0)
+        return self._base + len(self._kept), 0
+
+
+class Follower:
+    """One reader of a flight: a flow. place: the number of the batch that it gets next. behind: it has asked for a pause."""
+
+    pushes = True
+
+    def __init__(self, flight: Flight, place: int, skip: int) -> None:
+        self.place = place
+        self.behind = False
+        self.trailer = Trailer()
+        self.trailer.own(self._leave)
+        self._flight = flight
+        self._skip = skip
+        self._got = flight.before(place)
+        self._receive: Receive | None = None
+        self._ended: Ended | None = None
+        self._advancing = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._impatience: Expiry | None = None
+        self._dropped: GatewayError | None = None
+        self._left = False
+
+    # As a flow
+
+    def push(self, receive: Receive, ended: Ended) -> None:
+        self._receive, self._ended = receive, ended
+        self.advance()
+
+    def pause(self) -> None:
+        self.behind = True
+        self._flight.steer()
+
+    def resume(self) -> None:
+        self.behind = False
+        self.advance()
+        if not self.behind:
+            self._flight.steer()
+
+    async def finished(self) -> None:
+        """The flight has seen to that."""
+
+    def advance(self) -> None:
+        """Hand on all that has come, if it is wanted now; the flight calls it for every batch, and at the end."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if self._receive is None or self._advancing:
+            return
+        self._advancing = True
+        try:
+            while not self.behind and self._receive is not None and (batch := self._next()) is not None:
+                self._receive(batch)
+        finally:
+            self._advancing = False
+        self._watch()
+        if not self.behind and self._over() and self._ended is not None:
+            ended, self._receive, self._ended = self._ended, None, None
+            ended(self._end())
+
+    # As an iterator
+
+    def __aiter__(self) -> Follower:
+        return self
+
+    async def __anext__(self) -> Batch:
+        while (batch := self._next()) is None:
+            if self._over():
+                if (error := self._end()) is not None:
+                    raise error.with_traceback(None)
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return batch
+
+    async def aclose(self) -> None:
+        self._leave()
+
+    # Within
+
+    def _next(self) -> Batch | None:
+        if self._left or self._dropped is not None or (found := self._flight.batch(self.place)) is None:
+            return None
+        batch, size = found
+        self.place += 1
+        self._got += size
+        if self._skip:
+            batch, self._skip = _without(batch, self._skip), 0
+        if batch.final:
+            self._fill()
+        return batch
+
+    def _fill(self) -> None:
+        inner = self._flight.reply.trailer
+        self.trailer.usage, self.trailer.finish_reasons, self.trailer.chunks = inner.usage, inner.finish_reasons, inner.chunks
+
+    def _over(self) -> bool:
+        return self._dropped is not None or (self._flight.over and self._flight.batch(self.place) is None)
+
+    def _end(self) -> GatewayError | None:
+        self._fill()
+        return self._dropped or self._flight.error
+
+    def _leave(self) -> None:
+        if not self._left:
+            self._left = True
+            self._receive = self._ended = None
+            if self._impatience is not None:
+                self._impatience.cancel()
+            self._flight.left(self)
+
+    def _watch(self) -> None:
+        """Begin, or stop, to lose patience with a follower that is too far behind."""
+        late = self.behind and self._flight.total - self._got > self._flight.bounds.max_lag
+        if late and self._impatience is None:
+            self._impatience = after(self._flight.bounds.patience, self._drop)
+        elif not late and self._impatience is not None:
+            self._impatience.cancel()
+            self._impatience = None
+
+    def _drop(self) -> None:
+        self._impatience = None
+        self._dropped = TooFarBehind("The client is too far behind the stream that it shares.")
+        ended, self._receive, self._ended = self._ended, None, None
+        if ended is not None:
+            ended(self._dropped)
+
+
+def _current() -> asyncio.Task[object] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
+def _events(batch: Batch) -> int:
+    """How many events the items of a batch are."""
+    return sum(item.count(b"\n\n") if isinstance(item, Run) else 1 for item in batch.items)
+
+
+def _all(batch: Batch, after: int) -> bool:
+    """Has a reader who has the events up to `after` all of this batch? Never all of the final one, behind whose chunks the end
+    of the stream stands."""
+    return not batch.final and after >= (batch.number or 0) + _events(batch) - 1
+
+
+def _without(batch: Batch, skip: int) -> Batch:
+    """A batch without its first events; of the final one at least the last stays, because usage and the end go with it."""
+    chunks = batch.chunks
+    skip = min(skip, len(chunks) - 1) if batch.final else skip
+    return Batch(chunks[skip:], final=batch.final, number=None if batch.number is None else batch.number + skip)
