@@ -175,6 +175,8 @@ class Decoder(SseDecoder):
     def _beside_choices(self, chunk: Json) -> list[Json]:
         """Keep the top-level fields for the next chunk (a list only where it changed); citations also become annotations."""
         annotations: list[Json] = []
+        if chunk.keys() <= TOP_FIELDS:
+            return annotations
         for name, value in chunk.items():
             if name in TOP_FIELDS or value is None or (isinstance(value, list | dict) and self._seen.get(name) == value):
                 continue
@@ -196,13 +198,16 @@ class Decoder(SseDecoder):
         if annotations:
             found["annotations"] = [*found.get("annotations", []), *annotations]
         state = self.stream.choice(index)
-        extras = {name: value for name, value in choice.items() if name not in CHOICE_FIELDS and value not in EMPTY}
+        extras: Json = {}
+        if not choice.keys() <= CHOICE_FIELDS:
+            extras = {name: value for name, value in choice.items() if name not in CHOICE_FIELDS and value not in EMPTY}
         logprobs = choice.get("logprobs")
         if logprobs and any(logprobs.values()):
             extras["logprobs"] = logprobs
-        if state.started and state.extras.keys() & extras.keys():
-            self.stream.put({}, index)
-        state.extras.update(extras)
+        if extras:
+            if state.started and state.extras.keys() & extras.keys():
+                self.stream.put({}, index)
+            state.extras.update(extras)
         if found:
             self.stream.put(found, index)
             self._open.add(index)
@@ -213,15 +218,15 @@ class Decoder(SseDecoder):
 
     def _delta(self, delta: Json) -> Json:
         """A delta's text, reasoning and further fields, without the empty ones."""
-        text, thinking, other = quirks.split_content(delta.get("content"))
+        content = delta.get("content")
+        text, thinking, other = (content, "", None) if type(content) is str else quirks.split_content(content)
         found: Json = {}
         if text:
             found["content"] = text
         if reasoning := quirks.reasoning_of(delta) or thinking:
             found["reasoning_content"] = reasoning
-        for name, value in delta.items():
-            if name not in DELTA_FIELDS and value not in EMPTY:
-                found[name] = value
+        if not delta.keys() <= DELTA_FIELDS:
+            found.update({name: value for name, value in delta.items() if name not in DELTA_FIELDS and value not in EMPTY})
         if other:
             found["provider_blocks"] = other
         if "function_call" in found:
