@@ -92,11 +92,17 @@ class Delivery:
         """Begin a stream with status 200. Its head leaves with the first `write`, or with the end."""
         self._head = self._headed(200, headers, "Transfer-Encoding: chunked\r\n" if self._chunked else "")
 
-    def write(self, data: bytes) -> None:
-        """A piece of the body."""
+    def write(self, data: bytes) -> bool:
+        """A piece of the body. Is the client behind now?"""
         framed = b"%b%x\r\n%b\r\n" % (self._head, len(data), data) if self._chunked else self._head + data
-        self._head = b""
-        self._send(framed)
+        if self._head:
+            self._head = b""
+        transport = self._connection.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("The client has gone.")
+        self.begun = True
+        transport.write(framed)
+        return self._connection.congested
 
     def end(self, data: bytes = b"") -> None:
         """The last piece, and the end of the body."""

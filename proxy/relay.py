@@ -164,12 +164,10 @@ class Relay:
         if self._over:
             return
         try:
-            self._write(batch)
+            if self._write(batch):
+                self._awake()
         except Exception as error:
             self._ended(error)
-        else:
-            if self._delivery.congested:
-                self._awake()
 
     def _ended(self, error: Exception | None) -> None:
         if not self._over:
@@ -186,16 +184,16 @@ class Relay:
     async def _pulled(self) -> None:
         """Relay all batches but the final one, which is held when the iterator has run to its end."""
         async for batch in _unfolded(self._reply) if self._reply.whole else self._reply.chunks:
-            self._write(batch)
-            if self._delivery.congested:
+            if self._write(batch):
                 await self._drained()
 
     # Both
 
-    def _write(self, batch: Batch) -> None:
+    def _write(self, batch: Batch) -> bool:
+        """Send a batch, or hold the final one. Is the client behind now?"""
         if batch.final:
             self._held = batch
-            return
+            return False
         self._sent = batch
         now = self._clock()
         gap = now - self._last
@@ -206,7 +204,7 @@ class Relay:
         elif gap > STALL_SECONDS:
             self._stalls += 1
         self._last = now
-        self._delivery.write(self._face.events(batch))
+        return self._delivery.write(self._face.events(batch))
 
     def _gaps(self) -> None:
         """The silence before the end is a gap too: a stream that timed out had its longest there."""

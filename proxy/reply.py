@@ -69,8 +69,11 @@ class Batch:
     def sse(self) -> bytes:
         """The batch as server-sent events, encoded at most once, however many write it."""
         if self._sse is None:
-            self._sse = sse_events(self.items, self.number)
-        return self._sse
+            items = self.items
+            # A paced stream's batch: one event, encoded already.
+            alone = len(items) == 1 and self.number is None and isinstance(items[0], bytes)
+            self._sse = items[0] if alone else sse_events(items, self.number)  # type: ignore[assignment]
+        return self._sse  # type: ignore[return-value]
 
 
 def _decoded(item: Item) -> list[Chunk]:

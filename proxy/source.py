@@ -38,6 +38,7 @@ class Source:
         self._provider = provider
         self._first: Batch | None = None
         self._loop = asyncio.get_running_loop()
+        self._clock = self._loop.time
         self._waiting_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._settling: asyncio.TimerHandle | None = None
@@ -100,14 +101,21 @@ class Source:
 
     def _data(self, data: bytes) -> None:
         """One network read."""
-        decoder = self._decoder
-        if self._receive is None or decoder.ended or decoder.fault is not None:
+        decoder, receive = self._decoder, self._receive
+        if receive is None or decoder.ended or decoder.fault is not None:
             return
-        batch = self._batch(decoder.feed(data))
-        if batch is not None:
+        chunks = decoder.feed(data)
+        if chunks:
             if self._waiting_since is not None:
-                self._waiting_since = self._loop.time()
-            self._receive(batch)
+                self._waiting_since = self._clock()
+            if not decoder.ended and decoder.fault is None and not decoder.stream.finishing:
+                # The usual read, by the shortest way.
+                self.trailer.chunks = decoder.stream.sent
+                receive(Batch(chunks))
+                return
+        batch = self._batch(chunks)
+        if batch is not None:
+            receive(batch)
         if not self._over():
             self._await_end()
 

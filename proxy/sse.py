@@ -24,10 +24,11 @@ class BareText(bytes):
 class Framer:
     """Bytes in, the data of each complete event out.
 
-    limit: the size in bytes of one event from which on `overflow` is set and nothing more is kept.
+    limit: the size in bytes of one event from which on `overflow` is set and nothing more is kept. between: the next byte begins
+    a new event, and nothing of an earlier one is kept.
     """
 
-    __slots__ = ("_after_cr", "_at_start", "_limit", "_parts", "_size", "overflow")
+    __slots__ = ("_after_cr", "_at_start", "_limit", "_parts", "_size", "between", "overflow")
 
     def __init__(self, limit: int = EVENT_LIMIT) -> None:
         self._limit = limit
@@ -36,11 +37,7 @@ class Framer:
         self._after_cr = False
         self._at_start = True
         self.overflow = False
-
-    @property
-    def between(self) -> bool:
-        """The next byte begins a new event: nothing of an earlier one is kept."""
-        return not (self._parts or self._after_cr or self._at_start or self.overflow)
+        self.between = False
 
     def feed(self, data: bytes) -> list[bytes]:
         """The events that `data` completes, in order; comments and empty events are left out."""
@@ -74,11 +71,13 @@ class Framer:
         rest = pieces.pop()
         if rest:
             self._keep(rest)
+        self.between = not (rest or self._after_cr)
         events: list[bytes] = []
         oversized = len(data) > self._limit
         for piece in pieces:
             if oversized and len(piece) >= self._limit:
                 self.overflow = True
+                self.between = False
                 self._parts.clear()
                 return events
             if piece[:6] == b"data: " and piece.find(b"\n", 6) < 0:
@@ -99,6 +98,7 @@ class Framer:
         self._size += len(data)
         if self._size > self._limit:
             self.overflow = True
+            self.between = False
             self._parts.clear()
         else:
             self._parts.append(data)

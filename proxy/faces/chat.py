@@ -31,8 +31,7 @@ def check(body: Json) -> None:
             raise Refused(f"{path}: must be an object with a role.", code="invalid_value", param=path)
 
 
-def events(batch: Batch) -> bytes:
-    return batch.sse()
+events = Batch.sse  # they leave as they are
 
 
 def last(batch: Batch, trailer: Trailer, options: Options) -> bytes:

@@ -126,6 +126,9 @@ class Connection(asyncio.Protocol):
             body = parts[0] if len(parts) == 1 else b"".join(parts)
             parts.clear()
             self._barren = 0
+            if clean and self._waiting is None and not self._complete and self._response is not None:
+                self._response.feed(body)  # in the middle of a body, as nearly always
+                return
         else:
             body = b""
             self._barren += len(data)

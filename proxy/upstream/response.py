@@ -105,6 +105,9 @@ class HttpResponse:
 
     def feed(self, data: bytes) -> None:
         """A further piece of the body."""
+        if self._receive is not None and not self._held and not self._parts and self._inflater is None:
+            self._receive(data)
+            return
         self._parts.append(data)
         self._size += len(data)
         self._advance()

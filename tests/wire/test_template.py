@@ -32,6 +32,9 @@ class NeverFills(Template):
     def fill(self, payload: bytes) -> bytes | None:
         return None
 
+    def single(self, data: bytes) -> bytes | None:
+        return None
+
     def run(self, data: bytes) -> tuple[Run, int, bytes] | None:
         return None
 

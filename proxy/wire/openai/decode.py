@@ -61,18 +61,17 @@ class Decoder(SseDecoder):
 
     def feed(self, data: bytes) -> list[Item]:
         """As in SseDecoder. Where a read holds many events, the first ones teach the template and the rest is spliced at once."""
-        if self.over():
+        if self.ended or self.fault is not None:
             return []
         template = self._template
         if template.least == 0 and template.teachable and (cut := _third_event(data)):
             self._events(data[:cut])
             data = data[cut:]
         if template.least and not self._waiting and self.framer.between:
-            if data.find(b"\n\n") == len(data) - 2:
-                if data[:6] == b"data: " and (event := template.fill(data[6:-2])) is not None:
-                    self.stream.put_event(event)
-                    return self.stream.take()
-            elif (found := template.run(data)) is not None:
+            if (event := template.single(data)) is not None:
+                self.stream.put_event(event)
+                return self.stream.take()
+            if (found := template.run(data)) is not None:
                 run, count, data = found
                 self.stream.put_run(run, count)
         if data and not self.over():

@@ -25,13 +25,13 @@ TEXT = re.compile(rb'[^"\\\x00-\x1f]*(?:\\["\\bfnrt][^"\\\x00-\x1f]*)*')
 class Template:
     """What surrounds the text of a stream's text chunks. Learning is tried a few times: some vendors put a clock in."""
 
-    __slots__ = ("_before", "_lessons", "_ours", "_theirs", "after", "before", "head", "least", "tail")
+    __slots__ = ("_after", "_before", "_lessons", "_ours", "_theirs", "after", "before", "head", "least", "tail")
 
     def __init__(self) -> None:
         self._lessons = LESSONS
         self.least = 0
         self.before = self.after = self.head = self.tail = b""
-        self._before = self._theirs = self._ours = b""
+        self._before = self._after = self._theirs = self._ours = b""
 
     @property
     def teachable(self) -> bool:
@@ -43,6 +43,14 @@ class Template:
         if not self.least or len(payload) <= self.least or not (payload.startswith(self.before) and payload.endswith(self.after)):
             return None
         text = payload[len(self.before) : len(payload) - len(self.after)]
+        return b"%b%b%b" % (self.head, text, self.tail) if _plain(text) else None
+
+    def single(self, data: bytes) -> bytes | None:
+        """The event for a read that is one event of this template, as in a paced stream; None for any other."""
+        if not (data.startswith(self._before) and data.endswith(self._after)):
+            return None
+        # A text has no raw line break, so what passes is no more than one event.
+        text = data[len(self._before) : -len(self._after)]
         return b"%b%b%b" % (self.head, text, self.tail) if _plain(text) else None
 
     def run(self, data: bytes) -> tuple[Run, int, bytes] | None:
@@ -84,7 +92,7 @@ class Template:
         self.before, self.after = theirs
         self.head, self.tail = ours
         self.least = len(self.before) + len(self.after)
-        self._before = b"data: " + self.before
+        self._before, self._after = b"data: " + self.before, self.after + b"\n\n"
         self._theirs = b"%b\n\ndata: %b" % (self.after, self.before)
         self._ours = self.tail + self.head
 
@@ -93,6 +101,8 @@ def _plain(text: bytes) -> bool:
     """Is this the inside of a JSON string, not empty, in UTF-8, without needless escapes?"""
     if not text or TEXT.fullmatch(text) is None:
         return False
+    if text.isascii():
+        return True
     try:
         text.decode()
     except UnicodeDecodeError:
