@@ -54,6 +54,9 @@ def finish_reason(native: str) -> str:
     return FINISH_REASONS.get(word, "stop")
 
 
+COUNTS = {"prompt_tokens", "completion_tokens", "total_tokens"}
+
+
 def usage(found: Json) -> Usage:
     """OpenAI's usage, with counts that add up; the vendor's further fields are kept.
 
@@ -61,6 +64,9 @@ def usage(found: Json) -> Usage:
     total_tokens is larger than the sum. Vercel's gateway leaves it out of both; a reasoning count a little above
     completion_tokens, though, is only another tokenizer's (OpenRouter).
     """
+    if found.keys() == COUNTS and all(type(count) is int for count in found.values()):
+        if found["total_tokens"] == found["prompt_tokens"] + found["completion_tokens"]:
+            return found
     prompt = _count(found.get("prompt_tokens") or found.get("input_tokens"))
     completion = _count(found.get("completion_tokens") or found.get("output_tokens"))
     total = _count(found.get("total_tokens"))

@@ -59,7 +59,21 @@ def _completion(found: Json, call: Call) -> Completion:
     return completion
 
 
+# A message with nothing to see to; vendors that follow OpenAI send no other where there is only text.
+PLAIN = frozenset({"role", "content", "refusal"})
+
+
 def _choice(choice: Json, position: int, call: Call) -> Json:
+    message, reason = choice.get("message"), choice.get("finish_reason")
+    if type(message) is dict and message.keys() <= PLAIN and reason == "stop" and "usage" not in choice:
+        content = message.get("content")
+        if type(content) is str and content and message.get("role") and type(choice.get("index")) is int:
+            return {**choice, "native_finish_reason": choice.get("native_finish_reason") or reason}
+    return _any_choice(choice, position, call)
+
+
+def _any_choice(choice: Json, position: int, call: Call) -> Json:
+    """Any choice, part by part."""
     message = dict(choice.get("message") or choice.get("delta") or {"content": choice["text"]})
     index = choice["index"] if type(choice.get("index")) is int else position
     text, thinking, other = quirks.split_content(message.get("content"))
