@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -21,7 +20,7 @@ from proxy.call import Call, altered
 from proxy.errors import STATUSES, GatewayError, Outcome, why_cancelled
 from proxy.own_fields import Field, OwnFields
 from proxy.pipeline import Handler
-from proxy.reply import Batch, Reply, Trailer, Try, Usage
+from proxy.reply import Batch, Reply, Trailer, Try, Usage, tapped
 from proxy.units import Between, ByteSize
 
 Json = dict[str, Any]
@@ -96,7 +95,7 @@ class Tracking:
         first, text = self.clock() - started, None
         if self._most:
             text = _Text(self._most)
-            reply = altered(reply, chunks=text.kept(reply.chunks))
+            reply = altered(reply, chunks=tapped(reply.chunks, text.see))
         reply.trailer.on_end(lambda trailer: self._ended(call, started, first, reply, trailer, text))
         return _named(reply, call.name) if call.name else reply
 
@@ -162,12 +161,10 @@ class _Text:
         self._left = most
         self._parts: dict[int, list[str]] = {}
 
-    async def kept(self, batches: AsyncIterator[Batch]) -> AsyncIterator[Batch]:
-        async with aclosing(batches) as inner:  # type: ignore[type-var]
-            async for batch in inner:
-                if self._left > 0:
-                    self._look(batch)
-                yield batch
+    def see(self, batch: Batch) -> Batch:
+        if self._left > 0:
+            self._look(batch)
+        return batch
 
     def found(self) -> list[str]:
         return ["".join(self._parts[index]) for index in sorted(self._parts)]

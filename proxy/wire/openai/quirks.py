@@ -64,9 +64,9 @@ def usage(found: Json) -> Usage:
     total_tokens is larger than the sum. Vercel's gateway leaves it out of both; a reasoning count a little above
     completion_tokens, though, is only another tokenizer's (OpenRouter).
     """
-    if found.keys() == COUNTS and all(type(count) is int for count in found.values()):
-        if found["total_tokens"] == found["prompt_tokens"] + found["completion_tokens"]:
-            return found
+    numbers = found.keys() == COUNTS and all(type(count) is int for count in found.values())
+    if numbers and found["total_tokens"] == found["prompt_tokens"] + found["completion_tokens"]:
+        return found
     prompt = _count(found.get("prompt_tokens") or found.get("input_tokens"))
     completion = _count(found.get("completion_tokens") or found.get("output_tokens"))
     total = _count(found.get("total_tokens"))

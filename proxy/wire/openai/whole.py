@@ -61,11 +61,12 @@ def _completion(found: Json, call: Call) -> Completion:
 
 # A message with nothing to see to; vendors that follow OpenAI send no other where there is only text.
 PLAIN = frozenset({"role", "content", "refusal"})
+LEFT_OUT = frozenset({"delta", "text", "usage"})
 
 
 def _choice(choice: Json, position: int, call: Call) -> Json:
     message, reason = choice.get("message"), choice.get("finish_reason")
-    if type(message) is dict and message.keys() <= PLAIN and reason == "stop" and "usage" not in choice:
+    if type(message) is dict and message.keys() <= PLAIN and reason == "stop" and LEFT_OUT.isdisjoint(choice):
         content = message.get("content")
         if type(content) is str and content and message.get("role") and type(choice.get("index")) is int:
             return {**choice, "native_finish_reason": choice.get("native_finish_reason") or reason}
@@ -90,7 +91,7 @@ def _any_choice(choice: Json, position: int, call: Call) -> Json:
         message["tool_calls"] = calls
     native = choice.get("finish_reason")
     reason = quirks.finish_reason(native) if native else ("tool_calls" if calls else "stop")
-    kept = {name: value for name, value in choice.items() if name not in ("delta", "text", "usage")}
+    kept = {name: value for name, value in choice.items() if name not in LEFT_OUT}
     return {
         **kept,
         "index": index,
