@@ -22,6 +22,10 @@ GRAIN = 0.001
 MOST_KEPT = 64
 
 
+def _nothing() -> None:
+    """In the place of a callback that is not wanted any more."""
+
+
 class Expiry:
     """A callback that will be called, unless it is cancelled before."""
 
@@ -34,6 +38,8 @@ class Expiry:
     def cancel(self) -> None:
         """Never mind. Once it was cancelled or called, this changes nothing."""
         self._queue.pop(self, None)
+        # Whoever waits for it holds it, and is held by its callback: a cycle per request would be the collector's only work.
+        self.callback = _nothing
 
 
 class _Queue(dict[Expiry, float]):
