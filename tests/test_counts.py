@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,23 @@ async def test_a_request_makes_no_task_and_no_cyclic_garbage(here: Gateway, prov
     finally:
         gc.enable()
         loop.set_task_factory(None)
+
+
+async def test_the_length_of_a_stream_costs_no_memory(here: Gateway, provider: Provider) -> None:
+    """Nothing is kept of a chunk that has left, where nothing records it."""
+    client = Client()
+    provider.response = Pushed([text(0)])
+    task = asyncio.create_task(here.edge.handle(request(client, stream=True)))
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+    def pushed(count: int) -> int:
+        for number in range(count):
+            provider.response.receive(text(number))
+        client.writes.clear()
+        return sys.getallocatedblocks()
+
+    before = pushed(2000)
+    assert pushed(20_000) - before < 200
+    provider.response.receive(END)
+    await task
