@@ -82,7 +82,8 @@ class Decoder(SseDecoder):
         """Event by event; the loop is written out here because it runs once per token."""
         template, put_event = self._template, self.stream.put_event
         for payload in self.framer.feed(data):
-            if not self._waiting and type(payload) is bytes and (event := template.fill(payload)) is not None:
+            known = template.least and not self._waiting and type(payload) is bytes
+            if known and (event := template.fill(payload)) is not None:
                 put_event(event)
                 continue
             if payload == b"[DONE]":
