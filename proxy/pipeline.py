@@ -10,7 +10,7 @@ The one rule: a middleware that takes a reply and does not return it closes it (
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol
@@ -36,9 +36,16 @@ class Middleware(Protocol):
         refused(error) -> None                         told of a request that the edge turned away before there was a call
         samples() -> Iterable[Sample]                  its figures, asked for when somebody scrapes
         health() -> dict                               its state, shown on /readyz?verbose
-        attach(surroundings) -> None                   what is around it, once, before the first call
+        attach(surroundings) -> None                   what is around it, before the first call, and again after a reload
+        adopt(previous) -> None                        a reload changed its options: take over what is to live on
         NEEDS_ONE_WORKER: str                          why it cannot be right in several processes; `penstock check` refuses then
-        async start() -> None / async close() -> None  with the gateway's own start and end
+        async start() -> None / async close() -> None  with the gateway's own start and end, or a reload's
+
+    A reload of config.yaml leaves a middleware whose entry is the same as it is: the same object goes on, and is only told anew
+    what is around it. Where the options differ, another object is made from the new ones, attached, started, and then told to
+    adopt the one that stood under the same name (of the same class); no call runs in between. Calls that began before go through
+    the previous one to their end, so what both count or keep belongs into an object that both hold. `close` of the previous one
+    comes when the last of these has ended; what was adopted is then no longer its own.
     """
 
     async def __call__(self, call: Call, next: Handler) -> Reply: ...
@@ -117,6 +124,7 @@ class Surroundings:
     layers: the whole onion, outermost first. route: where a model name leads; raises Refused (400, 404).
     gauges: figures of the process that no middleware can know (`upstream_connections`, `open_calls`).
     workers: how many processes serve, each with state of its own. worker: which one this is, from 0.
+    samples: the gateway's own figures. changed: the providers whose rows a reload has just changed, added or removed.
     """
 
     layers: Sequence[Middleware]
@@ -124,6 +132,8 @@ class Surroundings:
     gauges: Mapping[str, Callable[[], float]] = field(default_factory=dict)
     workers: int = 1
     worker: int = 0
+    samples: Callable[[], Iterable[Sample]] = tuple
+    changed: frozenset[str] = frozenset()
 
     def share(self, limit: int) -> int:
         """This worker's part of a limit on the whole gateway. All parts together are the limit, but none is less than 1 where the

@@ -131,6 +131,10 @@ class Auth:
     def attach(self, surroundings: Surroundings) -> None:
         self._route = surroundings.route
 
+    def adopt(self, previous: Auth) -> None:
+        """The keys are those of the new config; what was refused stays counted."""
+        self._refusals = previous._refusals
+
     async def start(self) -> None:
         if self._file is not None:
             self._watching = asyncio.create_task(self._watch())

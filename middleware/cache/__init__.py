@@ -96,6 +96,11 @@ class Cache:
         self._counts = Counts()
         self.endpoints = (Endpoint("DELETE", "/admin/cache", self._clear, admin=True),)
 
+    def adopt(self, previous: Cache) -> None:
+        """The entries live on, in as much room as there is now."""
+        self._store = previous._store.resized(self._store)
+        self._counts = previous._counts
+
     def admit(self, call: Call, own: OwnFields) -> Call:
         """Read `cache`, `replay` and Cache-Control. Raises Refused (400) with the path."""
         asked = self._policy.read(own)

@@ -52,6 +52,10 @@ class Store(Protocol):
     def figures(self) -> Figures:
         """What is held now; without waiting."""
 
+    def resized(self, other: Store) -> Store:
+        """The store to go on with where a reload made another: this one in the other's size, or the other if it keeps its entries
+        elsewhere."""
+
 
 class _Held(NamedTuple):
     entry: Entry
@@ -65,6 +69,13 @@ class _Counted(TLRUCache[str, _Held, float]):
     def __init__(self, max_bytes: int, clock: Callable[[], float]) -> None:
         super().__init__(max_bytes, lambda key, held, now: now + held.entry.ttl, clock, lambda held: held.size)
         self.evictions: Counter[str] = Counter(size=0, expired=0)
+
+    def resize(self, max_bytes: int) -> None:
+        """cachetools has no way to; the name is that of its own private attribute."""
+        self._Cache__maxsize = max_bytes
+        self.expire()
+        while self.currsize > max_bytes:
+            self.popitem()
 
     def popitem(self) -> tuple[str, _Held]:
         found = super().popitem()
@@ -111,6 +122,12 @@ class MemoryStore:
         for key in gone:
             self._cache.pop(key, None)
         return len(gone)
+
+    def resized(self, other: Store) -> Store:
+        if not isinstance(other, MemoryStore):
+            return other
+        self._cache.resize(int(other._cache.maxsize))
+        return self
 
     def figures(self) -> Figures:
         return Figures(len(self._cache), int(self._cache.currsize), dict(self._cache.evictions))

@@ -12,6 +12,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from typing import Annotated, Any
 
 from middleware.fallback.attempts import Attempts, Shared
@@ -57,6 +58,7 @@ class Fallback:
         _random: Callable[[], float] = random.random,
     ) -> None:
         policy = Policy(failure_rate, min_requests, window, cool_down, probes, max_park)
+        self._policy = policy
         self._targets = Targets(policy, _clock)
         self._shared = Shared(self._targets, Keys(_clock), _clock, frozenset(on))
         self._choice = Choice(self._targets, _random, _clock)
@@ -66,10 +68,28 @@ class Fallback:
         self._hedges: Counter[str] = Counter()
         self._routes: set[str] = set()
         self._lookup: Callable[[str], Route] | None = None
+        self._changed: frozenset[str] = frozenset()
         self._most = max_models
 
     def attach(self, surroundings: Surroundings) -> None:
-        self._lookup = surroundings.route
+        self._lookup, self._changed = surroundings.route, surroundings.changed
+        self._renewed()
+
+    def adopt(self, previous: Fallback) -> None:
+        """What is known of the targets lives on, judged by the new policy; what was counted stays counted."""
+        self._targets = previous._targets
+        self._targets.follow(self._policy)
+        before = previous._shared
+        self._shared = replace(self._shared, targets=self._targets, keys=before.keys, fallbacks=before.fallbacks)
+        self._choice = Choice(self._targets, self._random, self._clock)
+        self._hedges = previous._hedges
+        self._renewed()
+
+    def _renewed(self) -> None:
+        """There may be another config. A provider whose row it changed is met without prejudice: that may have been the cure."""
+        self._targets.renew(self._changed)
+        self._shared.keys.forget(self._changed)
+        self._routes.clear()
 
     def admit(self, call: Call, own: OwnFields) -> Call:
         """Read `fallbacks`, `models`, `load_balancer`; all that they name become the call's targets. Raises Refused."""

@@ -65,6 +65,14 @@ class Breaker:
         self._parked_until = 0.0
         self._probing = 0
 
+    def follow(self, policy: Policy) -> None:
+        """Judge by another policy from now on. An open circuit stays open for as long as it was to be."""
+        if policy.window != self._policy.window:  # the buckets are numbered by it
+            self._buckets.clear()
+            self._latest = [-1, 0, 0]
+        self._policy = policy
+        self._rate = BUCKETS / policy.window
+
     @property
     def state(self) -> State:
         """Parked counts as open: nobody is let in."""

@@ -7,7 +7,7 @@ The one rule: keys are told apart by their place in the list; no key is ever sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from proxy.call import Provider, Target
@@ -27,6 +27,10 @@ class Keys:
     def rest(self, provider: Provider, place: int, seconds: float) -> None:
         """Do not use this key for `seconds`."""
         self._until[provider.name, place] = self._clock() + seconds
+
+    def forget(self, providers: Collection[str]) -> None:
+        """The keys of these providers may be others."""
+        self._until = {key: until for key, until in self._until.items() if key[0] not in providers}
 
     def free_in(self, provider: Provider) -> float:
         """Seconds until the first of the provider's keys is free; 0 if one is."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 
 from middleware.fallback.breaker import Breaker, Policy
@@ -101,6 +101,20 @@ class Targets:
             known.label, known.tally = name, self._tally(name)
             self._configured[name] = known
 
+    def follow(self, policy: Policy) -> None:
+        """Judge by another policy from now on."""
+        self._policy = policy
+        for known in (*self._configured.values(), *self._invented.values()):
+            known.breaker.follow(policy)
+
+    def renew(self, changed: Collection[str]) -> None:
+        """There is another config: what it names will be configured anew when it is met; the rest is kept while it is recent.
+        changed: the providers of which nothing is known any more.
+        """
+        known = {**self._configured, **self._invented}
+        self._configured.clear()
+        self._invented = OrderedDict((name, one) for name, one in known.items() if name.partition("/")[0] not in changed)
+
     def of(self, target: Target) -> Known:
         """What is known of it; from now on something is."""
         name = target.name
@@ -112,7 +126,7 @@ class Targets:
         if (known := self._invented.get(name)) is not None:
             self._invented.move_to_end(name)
             return known
-        if len(self._invented) >= INVENTED:
+        while len(self._invented) >= INVENTED:
             self._invented.popitem(last=False)
         known = self._invented[name] = self._new(self._label(name))
         return known

@@ -69,6 +69,12 @@ class Limits:
         """Each of several workers counts for itself, so each has its part of every limit."""
         self._share = surroundings.share if surroundings.workers > 1 else None
 
+    def adopt(self, previous: Limits) -> None:
+        """What was used of the limits stays used, and who holds a slot holds it; meters keep the room they were given first."""
+        for kind, subjects in previous._subjects.items():
+            subjects.most = self._subjects[kind].most
+        self._subjects, self._meters, self._limited = previous._subjects, previous._meters, previous._limited
+
     def admit(self, call: Call, own: OwnFields) -> Call:
         """Refuses what is too large, with its path."""
         self._bounds.check(call.request)

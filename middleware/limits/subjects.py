@@ -19,7 +19,7 @@ class Subjects:
     """The subjects of one kind. open: all replies that hold a slot now. clock: seconds, monotonic."""
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most = most
+        self.most = most
         self._seen: OrderedDict[str, float] = OrderedDict()
         self._open: dict[str, int] = {}
         self.clock = clock
@@ -38,7 +38,7 @@ class Subjects:
         return found
 
     def _room(self, now: float) -> bool:
-        if len(self._seen) < self._most:
+        if len(self._seen) < self.most:
             return True
         oldest, used = next(iter(self._seen.items()))
         if now - used < IDLE_SECONDS:

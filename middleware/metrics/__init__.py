@@ -35,7 +35,8 @@ class End(NamedTuple):
     """What is left to count of a reply that has ended: neither its call nor its error, which hold on to much.
 
     asked: was a provider? stream: did the client get one? seconds: until the end; first: until the head; share: the gateway's own
-    of these, None where not the first attempt answered. target: which answered, one of the call's targets as a rule.
+    of these, None where not the first attempt answered. target: which answered, one of the call's targets as a rule. prices: of
+    the config that the call had.
     """
 
     series: Series
@@ -49,6 +50,7 @@ class End(NamedTuple):
     usage: dict[str, Any] | None
     target: str
     targets: Sequence[Target]
+    prices: Prices
 
 
 class Metrics:
@@ -69,20 +71,28 @@ class Metrics:
     ) -> None:
         self.families = Families()
         self._prices = Prices(prices or {})
-        self._series = Index(self.families, Labels(max_names, max_models, max_sets))
+        self._labels = Labels(max_names, max_models, max_sets)
+        self._series = Index(self.families, self._labels)
         self._clock = _clock
-        self._later = Later(self._settle)
-        self._layers: Sequence[Middleware] = ()
+        self._later = Later(_settle)
+        self._tell: Sequence[Middleware | Surroundings] = ()
         self._gauges: Mapping[str, Callable[[], float]] = {}
         self.endpoints = (Endpoint("GET", "/metrics", self._scrape, admin=True),)
 
     def attach(self, surroundings: Surroundings) -> None:
-        self._layers = surroundings.layers
+        # The gateway's own figures come last, under the same name as a middleware's.
+        self._tell = (*surroundings.layers, surroundings)
         self._gauges = surroundings.gauges
+
+    def adopt(self, previous: Metrics) -> None:
+        """All that was counted lives on, and which labels there are."""
+        self.families, self._later = previous.families, previous._later
+        self._labels.adopt(previous._labels)
+        self._series = Index(self.families, self._labels)
 
     async def _scrape(self, query: Query) -> Answer:
         self._later.settle()
-        return Answer(await page(self.families, gather(self._layers, self._gauges)), content_type=CONTENT_TYPE)
+        return Answer(await page(self.families, gather(self._tell, self._gauges)), content_type=CONTENT_TYPE)
 
     def refused(self, error: GatewayError) -> None:
         """A request that the edge turned away before there was a call; who asked is not known."""
@@ -128,50 +138,54 @@ class Metrics:
             End(
                 series, asked, stream, self._clock() - started, first, share,
                 trailer.longest_gap, trailer.stalls, trailer.usage, head.target, call.targets,
+                self._prices,
             )
         )  # fmt: skip
-
-    def _settle(self, end: End) -> None:
-        series = end.series
-        _count(series, end.seconds, end.asked)
-        if end.share is not None:
-            series.overhead.observe(max(0.0, end.share))
-        if end.stream:
-            series.gap.observe(end.longest_gap)
-            if end.stalls:
-                series.stalls.inc(end.stalls)
-        if end.asked:
-            if end.stream:
-                series.first_chunk.observe(end.first)
-            self._used(series, end.target, end.targets, end.usage)
-
-    def _used(self, series: Series, target: str, targets: Sequence[Target], usage: dict[str, Any] | None) -> None:
-        """Tokens and cost of what a provider was really asked. targets: of the call, among them the one that answered."""
-        if usage is None:
-            series.no_usage.inc()
-            return
-        prompt, completion, cached, _ = tokens = counted(usage)
-        reasoning = count(usage.get("completion_tokens_details"), "reasoning_tokens")
-        if prompt:
-            series.input.inc(prompt)
-        if completion:
-            series.output.inc(completion)
-        if cached:
-            series.cached.inc(cached)
-        if reasoning:
-            series.reasoning.inc(reasoning)
-        series.usage_input.observe(prompt)
-        series.usage_output.observe(completion)
-        cost = self._prices.cost(target, tokens, _provider(targets, target))
-        if cost is None:
-            series.no_price.inc()
-        else:
-            series.cost.inc(max(0.0, cost))
 
 
 def streamed(call: Call) -> bool:
     """Does the client get a stream? Embeddings have none."""
     return call.stream and call.kind != "embeddings"
+
+
+def _settle(end: End) -> None:
+    series = end.series
+    _count(series, end.seconds, end.asked)
+    if end.share is not None:
+        series.overhead.observe(max(0.0, end.share))
+    if end.stream:
+        series.gap.observe(end.longest_gap)
+        if end.stalls:
+            series.stalls.inc(end.stalls)
+    if end.asked:
+        if end.stream:
+            series.first_chunk.observe(end.first)
+        _used(series, end)
+
+
+def _used(series: Series, end: End) -> None:
+    """Tokens and cost of what a provider was really asked."""
+    usage = end.usage
+    if usage is None:
+        series.no_usage.inc()
+        return
+    prompt, completion, cached, _ = tokens = counted(usage)
+    reasoning = count(usage.get("completion_tokens_details"), "reasoning_tokens")
+    if prompt:
+        series.input.inc(prompt)
+    if completion:
+        series.output.inc(completion)
+    if cached:
+        series.cached.inc(cached)
+    if reasoning:
+        series.reasoning.inc(reasoning)
+    series.usage_input.observe(prompt)
+    series.usage_output.observe(completion)
+    cost = end.prices.cost(end.target, tokens, _provider(end.targets, end.target))
+    if cost is None:
+        series.no_price.inc()
+    else:
+        series.cost.inc(max(0.0, cost))
 
 
 def _count(series: Series, seconds: float, asked: bool) -> None:

@@ -26,6 +26,9 @@ class FirstSeen:
     def __contains__(self, value: str) -> bool:
         return value in self._seen
 
+    def adopt(self, previous: FirstSeen) -> None:
+        self._seen = previous._seen
+
     def label(self, value: str) -> str:
         if value in self._seen:
             return value
@@ -48,6 +51,14 @@ class Labels:
         self._routes = FirstSeen(max_models)
         self._names: dict[str, FirstSeen] = {}
         self._sets: set[tuple[str, str, str, str]] = set()
+
+    def adopt(self, previous: Labels) -> None:
+        """Whatever has a label keeps it, whatever the bounds are now: a reload must not let in as many again."""
+        self._targets.adopt(previous._targets)
+        self._routes.adopt(previous._routes)
+        self._sets = previous._sets
+        for key, seen in previous._names.items():
+            self._names.setdefault(key, FirstSeen(self._max_names)).adopt(seen)
 
     def route(self, call: Call) -> str:
         """The route's name in config.yaml; `direct` for a model that was named as provider/model."""

@@ -3,7 +3,7 @@
 Strategy: at the end of a reply, all that counting needs has long left the processor's caches, and fetching it takes longer than
 counting. So ends are put by and counted `MOST` at a time, and before each scrape: in a running gateway an end took 12.0 us, now
 8.6, of which 3.8 at once and the rest in one turn of a sixth of a millisecond with the others. To do without this module, call
-`Metrics._settle` where `add` is called.
+`_settle` where `add` is called.
 The one rule: what is added is counted exactly once, whatever becomes of the others.
 """
 

@@ -76,9 +76,9 @@ class Retry:
         self._base, self._cap = base, cap
         self._max_retry_after = max_retry_after
         self._max_count = max_count
+        self._floor = floor
         self._budgets = Budgets(budget, floor)
         self._retries: Counter[str] = Counter()
-        self._exhausted = 0
         self.clock: Callable[[], float] = time.monotonic
         self.loop_time: Callable[[], float] = lambda: asyncio.get_running_loop().time()
         self.wall: Callable[[], float] = time.time
@@ -87,7 +87,12 @@ class Retry:
 
     def attach(self, surroundings: Surroundings) -> None:
         """The budget is a share of what this worker is asked; the floor is one for all workers."""
-        self._budgets.floor = surroundings.share(self._budgets.floor)
+        self._budgets.floor = surroundings.share(self._floor)
+
+    def adopt(self, previous: Retry) -> None:
+        """What was spent of the budgets stays spent."""
+        previous._budgets.share, previous._budgets.floor = self._budgets.share, self._budgets.floor
+        self._budgets, self._retries = previous._budgets, previous._retries
 
     def admit(self, call: Call, own: OwnFields) -> Call:
         """Read `retry: {count, on_codes}`; a request that gives only a count is retried on 429. Raises Refused."""
@@ -116,7 +121,7 @@ class Retry:
                 own = (Try(target, error.code, self.clock() - started),) if error.outcome in ATTEMPTED else ()
                 error.tries = tries = tries + (error.tries or own)
                 wait = self._wait(error, attempt, call)
-                if wait is None or not self._afford(target):
+                if wait is None or not self._budgets.spend(target, self.clock()):
                     raise
                 self._retries[reason(error)] += 1
             else:
@@ -138,18 +143,12 @@ class Retry:
         wait = max(hint, self.random() * min(self._cap, self._base * 2.0**attempt))
         return wait if deadline is None or self.loop_time() + wait < deadline else None
 
-    def _afford(self, target: str) -> bool:
-        if self._budgets.spend(target, self.clock()):
-            return True
-        self._exhausted += 1
-        return False
-
     def samples(self) -> Iterable[Sample]:
         """Retries by reason (a status, or the gateway's word for a network error or timeout), and those the budget denied."""
         for why, count in sorted(self._retries.items()):
             yield Sample("penstock_retries_total", "counter", "Attempts repeated at the same target.", count, {"reason": why})
         text = "Retries not made because a target's retry budget was spent."
-        yield Sample("penstock_retry_budget_exhausted_total", "counter", text, self._exhausted)
+        yield Sample("penstock_retry_budget_exhausted_total", "counter", text, self._budgets.denied)
 
 
 def _another_key(error: GatewayError, call: Call) -> bool:

@@ -27,13 +27,16 @@ class _Spent:
 
 
 class Budgets:
-    """`share` of a target's recent requests may be retries, and `floor` a minute on top. now: seconds, monotonic."""
+    """`share` of a target's recent requests may be retries, and `floor` a minute on top. denied: how often `spend` said no.
+    now: seconds, monotonic.
+    """
 
     FADE_SECONDS = 60.0
 
     def __init__(self, share: float, floor: int) -> None:
-        self._share = share
+        self.share = share
         self.floor = floor
+        self.denied = 0
         self._counts: OrderedDict[str, _Spent] = OrderedDict()
 
     def __len__(self) -> int:
@@ -50,7 +53,8 @@ class Budgets:
         """May there be a retry? If so it is counted."""
         spent = self._faded(target, now)
         # The sum of many thirds is no whole number: what is missing by a rounding is not missing.
-        if spent.retries + 1 > self.floor + self._share * spent.requests + 1e-9:
+        if spent.retries + 1 > self.floor + self.share * spent.requests + 1e-9:
+            self.denied += 1
             return False
         spent.retries += 1
         return True
