@@ -16,6 +16,7 @@ from typing import Any
 
 from proxy import __version__
 from proxy.config import Config, ConfigError, json_schema, load, parse
+from proxy.configfile import ConfigFile
 from proxy.conformance.options import add_options
 from proxy.wording import PER_WORKER
 
@@ -50,16 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Run the gateway until it is told to stop."""
-    config = _configured(arguments)
+    file = _file(arguments)
+    config = _built_in(arguments) if file is None else file.load()
     from proxy.app import run  # here, so that `check` and `schema` do not load the server
 
-    return run(config)
+    return run(config, file)
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Say what is wrong with the file, or what is in it."""
-    config = _configured(arguments)
-    for line in summary(config):
+    file = _file(arguments)
+    for line in summary(_built_in(arguments) if file is None else file.load()):
         print(line)
     return 0
 
@@ -102,19 +104,26 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _configured(arguments: argparse.Namespace) -> Config:
-    """The file that was named, else ./config.yaml, else the embedded config; with the command line's settings over it."""
-    given: dict[str, object] = {name: getattr(arguments, name, None) for name in ("host", "port", "workers")}
-    overrides = {name: value for name, value in given.items() if value is not None}
+def _overrides(arguments: argparse.Namespace) -> dict[str, object]:
+    """The command line's settings, over those of the file."""
+    given = {name: getattr(arguments, name, None) for name in ("host", "port", "workers")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _file(arguments: argparse.Namespace) -> ConfigFile | None:
+    """The file that was named, else ./config.yaml; None where there is neither."""
     path: Path | None = arguments.config
     if path is None and DEFAULT_FILE.exists():
         path = DEFAULT_FILE
-    if path is not None:
-        return load(path, os.environ, known_middleware(), overrides)
+    return None if path is None else ConfigFile(path, os.environ, known_middleware(), _overrides(arguments))
+
+
+def _built_in(arguments: argparse.Namespace) -> Config:
+    """The embedded config."""
     print("penstock: no config.yaml here and none named with -c; using the built-in demo provider only", file=sys.stderr)
     known = known_middleware()
     text = EMBEDDED % ", ".join(name for name in USUAL_MIDDLEWARE if name in known)
-    return parse(text, os.environ, known, "built-in config", overrides)
+    return parse(text, os.environ, known, "built-in config", _overrides(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """The composition root: a checked config in, a running gateway out. The only module that knows every other.
 
-Life: start (session, pipeline, listeners) · serve · drain (readiness says no, listeners close, streams finish, the rest is ended
-as `draining`) · stop.
+Life: start (session, pipeline, listeners) · serve · reload (another pipeline, the same sockets) · drain (readiness says no,
+listeners close, streams finish, the rest is ended as `draining`) · stop.
 The one rule: what starts here is stopped here, in the reverse order.
 """
 
@@ -13,20 +13,22 @@ import gc
 import signal
 import socket
 import sys
-import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 
 from aiohttp import web
 
 from proxy import logs
 from proxy.admission import Defaults
+from proxy.changes import changes
 from proxy.config import Config
+from proxy.configfile import ConfigFile
 from proxy.demo import DemoTransport
 from proxy.exchange import SETTLE_SECONDS, Exchange
-from proxy.pipeline import Answer, Endpoint, Middleware, Query, Surroundings, ask_one, compose
-from proxy.routing import Directory
-from proxy.server import Edge, ServerSettings
+from proxy.generations import Generations
+from proxy.pipeline import Answer, Endpoint, Middleware, Query, ask_one
+from proxy.reload import Record, Reloader
+from proxy.server import Edge, Generation, ServerSettings
 from proxy.sockets import listen
 from proxy.transport import Transport
 from proxy.upstream import HttpTransport
@@ -42,7 +44,7 @@ class Gateway:
     admin_port: that of `server.admin_listen`, 0 where it is off.
 
     settle: see Exchange. transports: replaces the transport of some wire formats (for tests). The rest is for one of several
-    workers: its number, its bound sockets (for the port, for the admin address), how endpoints are asked.
+    workers: its number, its bound sockets (for the port, for the admin address), how endpoints are asked; number: of its config.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Gateway:
         settle: float = SETTLE_SECONDS,
         transports: Mapping[str, Transport] | None = None,
         worker: int = 0,
+        number: int = 1,
         sockets: tuple[Sequence[socket.socket], Sequence[socket.socket]] | None = None,
         ask: Callable[[Endpoint, Query], Awaitable[Answer]] = ask_one,
     ) -> None:
@@ -63,6 +66,7 @@ class Gateway:
         self._settle = settle
         self._transports = transports or {}
         self._sites: list[web.SockSite] = []
+        self.record = Record(worker, number)
 
     async def __aenter__(self) -> Gateway:
         config = self.config
@@ -70,20 +74,18 @@ class Gateway:
         transports: dict[str, Transport] = dict.fromkeys(WIRES, self.http)
         transports["demo"] = DemoTransport()
         transports.update(self._transports)
-        self.layers: list[Middleware] = [spec.factory(**spec.options) for spec in config.middleware]
-        handler = compose(self.layers, Exchange(WIRES, transports, settle=self._settle))
-        directory = Directory(config.providers, config.routes, config.default_provider, int(time.time()))
-        self.edge = Edge(handler, directory, _settings(config, self.layers), self.layers, self._ask)
         gauges = {
             "upstream_connections": lambda: self.http.connections,
             "open_calls": lambda: self.edge.open_calls,
             "buffered_bytes": lambda: self.edge.buffered,
         }
-        for layer in self.layers:
-            if hasattr(layer, "attach"):
-                layer.attach(Surroundings(self.layers, directory.route, gauges, config.server.workers, self._worker))
-            if hasattr(layer, "start"):
-                await layer.start()
+        exchange = Exchange(WIRES, transports, settle=self._settle)
+        self._generations = Generations(exchange, _settings, gauges, self.record.samples, self._worker)
+        try:
+            await self._generations.follow(config, self._begin)
+        except BaseException:
+            await self.http.close()
+            raise
         self._runner = web.ServerRunner(self.edge.server(), handle_signals=False, shutdown_timeout=0.1)
         self._admin = web.ServerRunner(self.edge.server(admin=True), handle_signals=False, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -99,6 +101,25 @@ class Gateway:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._stop()
+
+    def _begin(self, generation: Generation) -> None:
+        self.edge = Edge(generation, self._ask, self.record.health)
+
+    def _switch(self, generation: Generation) -> None:
+        self.edge.generation = generation
+
+    @property
+    def layers(self) -> Sequence[Middleware]:
+        """The middleware that serves the next request, outermost first."""
+        return self.edge.generation.layers
+
+    async def reload(self, config: Config) -> list[str]:
+        """Serve the next requests by another config; those that run keep theirs. Sockets stay, so the settings that they were
+        made from must be the same. What has changed, in words. Raises whatever a middleware raises; then nothing has changed.
+        """
+        await self._generations.follow(config, self._switch)
+        before, self.config = self.config, config
+        return changes(before, config)
 
     async def drain(self, leave: Callable[[], None] = lambda: None) -> None:
         """Stop accepting, let streams finish for `drain_timeout`, end the rest as `draining`.
@@ -119,9 +140,7 @@ class Gateway:
     async def _stop(self) -> None:
         await self._admin.cleanup()
         await self._runner.cleanup()
-        for layer in reversed(self.layers):
-            if hasattr(layer, "close"):
-                await layer.close()
+        await self._generations.close()
         await self.http.close()
 
 
@@ -168,15 +187,17 @@ def _settings(config: Config, layers: Sequence[Middleware]) -> ServerSettings:
     )
 
 
-def run(config: Config) -> int:
-    """Serve until Ctrl-C or SIGTERM, then drain. The exit status: 0, or 1 where the port cannot be listened on."""
+def run(config: Config, file: ConfigFile | None = None) -> int:
+    """Serve until Ctrl-C or SIGTERM, then drain. file: where the config is from, which may change. The exit status: 0, or 1 where
+    the port cannot be listened on.
+    """
     if config.server.workers > 1:
         from proxy.workers import supervise  # here, so that a single process does not load it
 
-        return supervise(config)
+        return supervise(config, file)
     logs.configure()
     with event_loop() as runner:
-        return runner.run(_serve(config))
+        return runner.run(_serve(config, file))
 
 
 def event_loop() -> asyncio.Runner:
@@ -188,8 +209,8 @@ def event_loop() -> asyncio.Runner:
     return asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
 
-async def _serve(config: Config) -> int:
-    stop = asyncio.Event()
+async def _serve(config: Config, file: ConfigFile | None) -> int:
+    stop, bell = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     try:
         async with Gateway(config) as gateway:
@@ -197,7 +218,8 @@ async def _serve(config: Config) -> int:
                 loop.add_signal_handler(name, stop.set)
             settle_memory()
             greet(config, gateway.port)
-            await stop.wait()
+            async with following(gateway, file, bell):
+                await stop.wait()
             # A second signal does not wait for the streams.
             draining = asyncio.create_task(gateway.drain())
             for name in (signal.SIGINT, signal.SIGTERM):
@@ -208,6 +230,21 @@ async def _serve(config: Config) -> int:
     except OSError as error:
         return cannot_listen(config, error)
     return 0
+
+
+@contextlib.asynccontextmanager
+async def following(gateway: Gateway, file: ConfigFile | None, bell: asyncio.Event) -> AsyncIterator[None]:
+    """Meanwhile reload at each SIGHUP and, with `server.watch`, when the file has changed. Without a file there is none."""
+    if file is None:
+        yield
+        return
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, bell.set)
+    task = asyncio.create_task(Reloader(gateway, file).run(bell))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def settle_memory() -> None:

@@ -58,29 +58,60 @@ class ServerSettings:
     defaults: Defaults = field(default_factory=Defaults)
 
 
+class Generation:
+    """What one config makes of requests; a reload puts another in its place, and requests keep the one that they began with.
+
+    handler: the composed pipeline. directory: where model names lead. layers: the middleware, whose endpoints, request fields and
+    authentication are served by the edge. open: how many requests are in it.
+    """
+
+    __slots__ = (
+        "_ended", "allows", "authenticate", "directory", "endpoints", "handler", "layers", "open", "readers", "refused",
+        "settings",
+    )  # fmt: skip
+
+    def __init__(
+        self, handler: Handler, directory: Directory, settings: ServerSettings, layers: Sequence[Middleware] = ()
+    ) -> None:
+        self.handler = handler
+        self.directory = directory
+        self.settings = settings
+        self.layers = layers
+        self.authenticate = next((found for layer in layers if (found := getattr(layer, "authenticate", None))), None)
+        self.allows = next((found for layer in layers if (found := getattr(layer, "allows", None))), None)
+        self.endpoints = _by_path(point for layer in layers for point in getattr(layer, "endpoints", ()))
+        self.readers = Readers.of(layers)
+        self.refused = [layer.refused for layer in layers if hasattr(layer, "refused")]
+        self.open = 0
+        self._ended: asyncio.Event | None = None
+
+    def leave(self) -> None:
+        """A request is over."""
+        self.open -= 1
+        if not self.open and self._ended is not None:
+            self._ended.set()
+
+    async def ended(self) -> None:
+        """Wait until no request is in it. Only of use once no further one can come."""
+        if self.open:
+            self._ended = asyncio.Event()
+            await self._ended.wait()
+
+
 class Edge:
-    """Serves calls. handler: the composed pipeline. directory: where model names lead. layers: the middleware, whose endpoints,
-    request fields and authentication are served here. ask: how endpoints are asked; several workers ask each other, too.
+    """Serves calls. generation: what serves the next request; assign another to reload. ask: how endpoints are asked; several
+    workers ask each other, too. state: what `/readyz?verbose` says beside the rest.
     """
 
     def __init__(
         self,
-        handler: Handler,
-        directory: Directory,
-        settings: ServerSettings,
-        layers: Sequence[Middleware] = (),
+        generation: Generation,
         ask: Callable[[Endpoint, Query], Awaitable[Answer]] = ask_one,
+        state: Callable[[], Json] = dict,
     ) -> None:
-        self._handler = handler
-        self._directory = directory
-        self._settings = settings
-        self._layers = layers
-        self._authenticate = next((found for layer in layers if (found := getattr(layer, "authenticate", None))), None)
-        self._allows = next((found for layer in layers if (found := getattr(layer, "allows", None))), None)
-        self._endpoints = _by_path(point for layer in layers for point in getattr(layer, "endpoints", ()))
+        self.generation = generation
         self._ask = ask
-        self._readers = Readers.of(layers)
-        self._refused = [layer.refused for layer in layers if hasattr(layer, "refused")]
+        self._state = state
         self._active: dict[asyncio.Task[Any], Relay | None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -109,14 +140,16 @@ class Edge:
         """One HTTP request, from its head to its answer."""
         headers, delivery = request.headers, request.delivery
         identity = request_id(headers)
+        generation = self.generation
+        generation.open += 1
         try:
-            response = await self._dispatch(request, headers, identity)
+            response = await self._dispatch(generation, request, headers, identity)
         except GatewayError as error:
             # What never reached the pipeline is logged here; everything else by the middleware that the operator chose.
             log.info(
                 "request", id=identity, path=request.path[:200], outcome=error.outcome.value, status=error.status, code=error.code
             )
-            for refused in self._refused:
+            for refused in generation.refused:
                 refused(error)
             response = error_response(error, identity)
         except ConnectionError:
@@ -124,74 +157,83 @@ class Edge:
         except Exception:
             log.exception("request failed", id=identity)
             response = error_response(GatewayError("The gateway failed on this request."), identity)
+        finally:
+            generation.leave()
         if response is not None and not delivery.begun:
             delivery.whole(response)
 
-    async def _dispatch(self, request: Request, headers: Mapping[str, str], identity: str) -> Response | None:
+    async def _dispatch(
+        self, generation: Generation, request: Request, headers: Mapping[str, str], identity: str
+    ) -> Response | None:
         """The answer, or None where it has been sent."""
         path = request.path
         if path in ("/healthz", "/readyz") and "verbose" not in request.query:
             allow(request, "GET", "HEAD")
             return self._health(path)
-        self._check_host(headers.get("host", ""), self._settings.loopback_only)
-        if point := self._signed(request):
-            return await self._serve(point, request, headers, ANYBODY)
-        principal = self._authenticate(headers) if self._authenticate is not None else ANYBODY
+        self._check_host(headers.get("host", ""), generation.settings.loopback_only)
+        if point := self._signed(generation, request):
+            return await self._serve(generation, point, request, headers, ANYBODY)
+        principal = generation.authenticate(headers) if generation.authenticate is not None else ANYBODY
         if face := ENDPOINTS.get(path):
             allow(request, "POST")
-            return await self._call(request, headers, identity, face, principal)
-        if point := self.point(path, request.method):
-            return await self._serve(point, request, headers, principal)
+            return await self._call(generation, request, headers, identity, face, principal)
+        if point := self.point(path, request.method, generation):
+            return await self._serve(generation, point, request, headers, principal)
         for models in MODELS:
             if path == models or path.startswith(models + "/"):
                 allow(request, "GET")
-                return self._models(path[len(models) + 1 :], principal)
+                return self._models(generation, path[len(models) + 1 :], principal)
         raise Refused(f"There is nothing at {request.method} {path[:200]}.", status=404, code="unknown_path")
 
     async def handle_admin(self, request: Request) -> None:
         """One request on the admin address: health and the middleware's endpoints, nothing else, for whoever can reach it."""
+        generation = self.generation
+        generation.open += 1
         try:
-            response = await self._dispatch_admin(request)
+            response = await self._dispatch_admin(generation, request)
         except GatewayError as error:
             response = error_response(error, request_id(request.headers))
+        finally:
+            generation.leave()
         if response is not None:
             request.delivery.whole(response)
 
-    async def _dispatch_admin(self, request: Request) -> Response | None:
-        self._check_host(request.headers.get("host", ""), self._settings.admin_loopback_only)
+    async def _dispatch_admin(self, generation: Generation, request: Request) -> Response | None:
+        self._check_host(request.headers.get("host", ""), generation.settings.admin_loopback_only)
         if request.path in ("/healthz", "/readyz") and "verbose" not in request.query:
             allow(request, "GET", "HEAD")
             return self._health(request.path)
-        if point := self.point(request.path, request.method):
-            return await self._serve(point, request, request.headers, OPERATOR)
+        if point := self.point(request.path, request.method, generation):
+            return await self._serve(generation, point, request, request.headers, OPERATOR)
         raise Refused(f"There is nothing at {request.path[:200]} on the admin address.", status=404, code="unknown_path")
 
-    def point(self, path: str, method: str = "GET") -> Endpoint | None:
-        """The endpoint at a path that takes this method, or any that is there."""
+    def point(self, path: str, method: str = "GET", generation: Generation | None = None) -> Endpoint | None:
+        """The endpoint at a path that takes this method, or any that is there. generation: the current one if none is given."""
         if path == "/readyz":
             return Endpoint("GET", path, self._verbose, admin=True)
-        found = self._endpoints.get(path) or self._endpoints.get(path.rpartition("/")[0] + "/{id}")
+        endpoints = (generation or self.generation).endpoints
+        found = endpoints.get(path) or endpoints.get(path.rpartition("/")[0] + "/{id}")
         if found is None:
             return None
         return found.get(method) or found.get("GET" if method == "HEAD" else "") or next(iter(found.values()))
 
-    def _signed(self, request: Request) -> Endpoint | None:
+    def _signed(self, generation: Generation, request: Request) -> Endpoint | None:
         """The endpoint that looks at the token in this URL instead of at a key."""
-        if "token" not in request.query_string or (point := self.point(request.path, request.method)) is None:
+        if "token" not in request.query_string or (point := self.point(request.path, request.method, generation)) is None:
             return None
         return point if point.signed and "token" in request.query else None
 
     async def _serve(
-        self, point: Endpoint, request: Request, headers: Mapping[str, str], principal: Principal
+        self, generation: Generation, point: Endpoint, request: Request, headers: Mapping[str, str], principal: Principal
     ) -> Response | None:
         """An endpoint of a middleware. Where nobody authenticates, everybody on the loopback port may use it."""
         allow(request, point.method, *(("HEAD",) if point.method == "GET" else ()))
-        if point.admin and self._authenticate is not None and not principal.admin:
+        if point.admin and generation.authenticate is not None and not principal.admin:
             raise Refused("This needs a key with admin: true.", status=403, code="admin_only", type="permission_error")
-        body = await self._body(request) if point.method != "GET" else b""
+        body = await self._body(generation, request) if point.method != "GET" else b""
         answer = await self._ask(point, Query(request.method, request.path, request.query, headers, body, principal))
         if isinstance(answer, Streamed):
-            await self._relayed(request, answer.call, answer.reply, FACES_BY_KIND[answer.call.kind], 0.0)
+            await self._relayed(generation, request, answer.call, answer.reply, FACES_BY_KIND[answer.call.kind], 0.0)
             return None
         fields = {"Server": "penstock", "Content-Type": answer.content_type, **answer.headers}
         return Response(answer.status, answer.body, fields)
@@ -203,11 +245,13 @@ class Edge:
 
     async def _verbose(self, query: Query) -> Answer:
         """`/readyz?verbose`: what each middleware says of its state."""
-        state = {type(layer).__name__.lower(): layer.health() for layer in self._layers if hasattr(layer, "health")}
+        layers = self.generation.layers
+        state = {type(layer).__name__.lower(): layer.health() for layer in layers if hasattr(layer, "health")}
         found = {
             "status": "ok" if self._ready else "draining",
             "pid": os.getpid(),
             "open_calls": self.open_calls,
+            **self._state(),
             "middleware": state,
         }
         return Answer(orjson.dumps(found, default=str), 200 if self._ready else 503)
@@ -221,19 +265,25 @@ class Edge:
                 code="host_not_allowed",
             )
 
-    def _models(self, model: str, principal: Principal) -> Response:
+    def _models(self, generation: Generation, model: str, principal: Principal) -> Response:
         """The models, or one of them; what a key may not use does not exist for it."""
-        allows = self._allows or (lambda principal, name: True)
+        allows, directory = generation.allows or (lambda principal, name: True), generation.directory
         if not model:
             return json_response(
-                {"object": "list", "data": [entry for entry in self._directory.listing() if allows(principal, entry["id"])]}
+                {"object": "list", "data": [entry for entry in directory.listing() if allows(principal, entry["id"])]}
             )
         if not allows(principal, model):
             raise Refused(f"The model '{model[:200]}' does not exist.", status=404, code="model_not_found", param="model")
-        return json_response(self._directory.find(model))
+        return json_response(directory.find(model))
 
     async def _call(
-        self, request: Request, headers: Mapping[str, str], identity: str, face: Face, principal: Principal
+        self,
+        generation: Generation,
+        request: Request,
+        headers: Mapping[str, str],
+        identity: str,
+        face: Face,
+        principal: Principal,
     ) -> Response | None:
         """One call through the pipeline. It can be ended from outside (`end_all`) at every stage."""
         task = asyncio.current_task()
@@ -245,15 +295,17 @@ class Edge:
         try:
             started = time.perf_counter()
             check_json(headers)
-            raw = request.at_hand(self._settings.max_body)
+            settings, handler = generation.settings, generation.handler
+            raw = request.at_hand(settings.max_body)
             if raw is None:
-                raw = await self._unless_ended(self._body(request))
-            body = parse_json(raw, self._settings.defaults.max_depth)
+                raw = await self._unless_ended(self._body(generation, request))
+            body = parse_json(raw, settings.defaults.max_depth)
             face.check(body)
-            call = admit(body, face.KIND, headers, self._directory, self._settings.defaults, identity, principal, self._readers)
+            directory, readers = generation.directory, generation.readers
+            call = admit(body, face.KIND, headers, directory, settings.defaults, identity, principal, readers)
             try:
-                reply = await self._unless_ended(self._handler(call) if call.deadline is None else self._in_time(call))
-                await self._relayed(request, call, reply, face, time.perf_counter() - started)
+                reply = await self._unless_ended(handler(call) if call.deadline is None else self._in_time(handler, call))
+                await self._relayed(generation, request, call, reply, face, time.perf_counter() - started)
                 return None
             except GatewayError as error:
                 return error_response(error, identity)
@@ -262,15 +314,17 @@ class Edge:
             if not self._active:
                 self._idle.set()
 
-    async def _relayed(self, request: Request, call: Call, reply: Reply, face: Face, seconds: float) -> None:
+    async def _relayed(
+        self, generation: Generation, request: Request, call: Call, reply: Reply, face: Face, seconds: float
+    ) -> None:
         """The reply, written out to its end. Raises GatewayError as long as nothing was sent."""
-        relay = Relay(request.delivery, call, reply, face, self._settings.write_timeout)
+        relay = Relay(request.delivery, call, reply, face, generation.settings.write_timeout)
         task = asyncio.current_task()
         if task in self._active:
             self._active[task] = relay
         await relay.run(head_headers(call, reply.head, seconds))
 
-    async def _in_time(self, call: Call) -> Reply:
+    async def _in_time(self, handler: Handler, call: Call) -> Reply:
         """The pipeline's reply, before the call's deadline."""
         task = asyncio.current_task()
         assert task is not None
@@ -278,7 +332,7 @@ class Edge:
         # The cancellation says why, so that whoever it passes through on its way does not take it for the client's leaving.
         timer = asyncio.get_running_loop().call_at(call.deadline, task.cancel, Outcome.TIMEOUT_TOTAL)
         try:
-            return await self._handler(call)
+            return await handler(call)
         except asyncio.CancelledError as error:
             if why_cancelled(error) is not Outcome.TIMEOUT_TOTAL:
                 raise
@@ -298,8 +352,8 @@ class Edge:
             task.uncancel()
             raise Draining("The gateway is shutting down.", headers={"Retry-After": "1"}) from None
 
-    def _body(self, request: Request) -> Awaitable[bytes]:
-        return request.body(self._settings.max_body, self._settings.body_timeout)
+    def _body(self, generation: Generation, request: Request) -> Awaitable[bytes]:
+        return request.body(generation.settings.max_body, generation.settings.body_timeout)
 
     async def drained(self, seconds: float) -> bool:
         """Wait until no call is open, at most `seconds`."""

@@ -173,14 +173,15 @@ BodySize = Annotated[int, *MARKS["bytes"], _Bounds(Between(1024, 2**30))]
 class Server(Section):
     """Where and how the gateway listens. Durations in seconds, sizes in bytes; port 0 is any free port.
 
-    workers: processes that share the port. admin_listen: `host:port` of a second address that serves health, metrics and admin
-    endpoints, without auth.
+    workers: processes that share the port. watch: reload the file when it changes, not only at SIGHUP. admin_listen: `host:port`
+    of a second address that serves health, metrics and admin endpoints, without auth.
     allow_anonymous: somebody beyond this machine may use an address that has no auth.
     """
 
     host: Annotated[str, Field(min_length=1), AfterValidator(_no_brackets)] = "127.0.0.1"
     port: Port = 8080
     workers: Annotated[int, _Bounds(Between(1, 64)), AfterValidator(_possible)] = 1
+    watch: bool = True
     max_body: BodySize = 32 * 2**20
     body_timeout: ShortWait = 30.0
     drain_delay: LongWait = 0.0

@@ -42,7 +42,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """The configs that `serve` ran with, instead of a gateway."""
     found: list[Config] = []
 
-    def run(config: Config) -> int:
+    def run(config: Config, file: object = None) -> int:
         found.append(config)
         return 7
 

@@ -32,11 +32,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "proxy.upstream.*", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.delivery", "proxy.http", "proxy.lane",
         "proxy.sockets", "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema", "proxy.wording",
+        "proxy.configfile", "proxy.changes",
     ),
     ("proxy.server",),
+    ("proxy.generations", "proxy.reload"),
     ("proxy.app", "proxy.__main__", "proxy.workers.*"),
 )  # fmt: skip
-CONFIG = {"proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema", "proxy.wording"}
+CONFIG = {
+    "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema", "proxy.wording", "proxy.configfile",
+    "proxy.changes",
+}  # fmt: skip
 # Modules that serve one another on one floor, beside those that share a folder.
 CLIENT_SIDE = {"proxy.delivery", "proxy.http", "proxy.lane", "proxy.sockets", "proxy.relay"}
 # `app.run` hands over to the workers, each of which is a gateway of `app`.

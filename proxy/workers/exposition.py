@@ -19,7 +19,7 @@ LASTING = frozenset({"counter", "histogram"})
 # Of processes, not of the gateway: each worker's own, told apart by a label.
 OF_PROCESSES = ("process_", "python_")
 # Gauges that say what is, not how much there is: of several workers' the largest holds.
-FACTS = ("_info", "_state", "_up", "_keys", "_faulty")
+FACTS = ("_info", "_state", "_up", "_keys", "_faulty", "_timestamp_seconds")
 
 
 @dataclass(slots=True)

@@ -3,8 +3,8 @@
 Strategy: processes, their ends and waiting for them are the standard library's (`multiprocessing`, forked, so that a worker is
 there within a moment and shares the memory of what was imported); timers are `sched`'s. One loop waits for whatever comes first:
 a worker's end, a worker's sign of life, a signal, a timer. No thread, no event loop: it must stay safe to fork.
-Workers are told by signals: SIGTERM drains, SIGQUIT does not wait. Both may come any number of times, from anybody: systemd and
-a terminal signal the whole group.
+Workers are told by signals: SIGTERM drains, SIGQUIT does not wait, SIGHUP says that there is a notice about config.yaml. They may
+come any number of times, from anybody: systemd and a terminal signal the whole group. The file is watched and checked here.
 The one rule: whoever has forked closes in the child what belongs to the parent, before anything else runs.
 """
 
@@ -25,8 +25,11 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
 from proxy.app import bound, cannot_listen, greet, settle_memory
-from proxy.config import Config
+from proxy.config import Config, ConfigError
+from proxy.configfile import ConfigFile
+from proxy.reload import POLL_SECONDS
 from proxy.workers.listening import Ports
+from proxy.workers.notice import Notice, post
 from proxy.workers.restarts import Restarts
 from proxy.workers.worker import Place, work
 
@@ -35,8 +38,8 @@ SILENT_SECONDS = 30.0  # a worker whose loop stood still for so long is killed
 SPARE_SECONDS = 10.0  # what a worker may take for its end beyond what the config allows
 
 
-def supervise(config: Config) -> int:
-    """Serve with `config.server.workers` processes until Ctrl-C or SIGTERM, then drain.
+def supervise(config: Config, file: ConfigFile | None = None) -> int:
+    """Serve with `config.server.workers` processes until Ctrl-C or SIGTERM, then drain. file: where the config is from.
 
     The exit status: 0, or 1 where the port cannot be listened on, a worker could not start, or ended again and again.
     """
@@ -44,7 +47,7 @@ def supervise(config: Config) -> int:
         ports = Ports(lambda: bound(config), config.server.workers)
     except OSError as error:
         return cannot_listen(config, error)
-    return Supervisor(config, ports).run()
+    return Supervisor(config, ports, file=file).run()
 
 
 @dataclass
@@ -59,7 +62,9 @@ class Slot:
 
 
 class Supervisor:
-    """See above. restarts: makes the policy of each worker. do: what a worker does; its result is its exit status."""
+    """See above. restarts: makes the policy of each worker. do: what a worker does; its result is its exit status. file: None
+    where the config cannot change.
+    """
 
     def __init__(
         self,
@@ -68,8 +73,11 @@ class Supervisor:
         restarts: Callable[[], Restarts] = Restarts,
         do: Callable[[Config, Place], int] = work,
         silent: float = SILENT_SECONDS,
+        file: ConfigFile | None = None,
     ) -> None:
         self._config = config
+        self._file = file
+        self._notice = Notice(1)
         self._ports = ports
         self._do = do
         self._silent = silent
@@ -86,8 +94,9 @@ class Supervisor:
         self._heard, self._beats = os.pipe()
         settle_memory()
         try:
-            with _signals() as self._signals:
+            with _signals(self._file is not None) as self._signals:
                 self._watch()
+                self._look()
                 for slot in self._slots:
                     self._start(slot)
                 while not self._done():
@@ -128,7 +137,7 @@ class Supervisor:
         except OSError as error:
             self._say(f"worker {slot.number} cannot listen: {error.strerror or error}")
             return self._give_up()
-        place = Place(slot.number, self._directory, sockets, self._beats, self._lifeline)
+        place = Place(slot.number, self._directory, sockets, self._beats, self._lifeline, self._notice.number, self._file)
         slot.ready, slot.heard = False, time.monotonic()
         slot.process = multiprocessing.get_context("fork").Process(target=self._child, args=(slot, place))
         # A signal that comes while the child still has this process's handlers would be lost.
@@ -181,12 +190,40 @@ class Supervisor:
                 slot.process.kill()
         self._timers.enter(self._silent / 30, 0, self._watch)
 
+    # The config
+
+    def _look(self) -> None:
+        """Once per second: has the file changed?"""
+        if self._file is not None and not self._stopping:
+            if self._config.server.watch and self._file.settled():
+                self._reload(self._file)
+            self._timers.enter(POLL_SECONDS, 0, self._look)
+
+    def _reload(self, file: ConfigFile) -> None:
+        """Check the file; if it is right it is that of workers to come, and those that run are told to follow."""
+        number, text = self._notice.number, self._notice.text
+        try:
+            text = file.read()
+            self._config, kept = file.parse(text, self._config.server)
+        except ConfigError as error:
+            self._say("config not reloaded, the earlier one is still served:")
+            for fault in error.faults:
+                self._say(f"  {fault}")
+            self._notice = Notice(number, self._notice.text, error.faults)
+        else:
+            self._notice = Notice(number + 1, text)
+            self._say(f"config {number + 1} goes to {len(self._slots)} workers")
+            if kept:
+                self._say(f"until a restart these stay as they were: {', '.join(kept)}")
+        post(self._directory, self._notice)
+        self._tell(signal.SIGHUP)
+
     # The end
 
     def _signalled(self, number: int) -> None:
-        # Hot reload: SIGHUP will be one more number here (and in `_signals`): check the file, put the new config in place of
-        # `self._config` for workers to come, and pass the signal on to those that run.
-        if number in STOPS and not self._stopping:
+        if number == signal.SIGHUP and self._file is not None and not self._stopping:
+            self._reload(self._file)
+        elif number in STOPS and not self._stopping:
             self._say(f"draining {len(self._slots)} workers")
             self._stop()
         elif number in STOPS:
@@ -224,11 +261,12 @@ def _how(status: int) -> str:
 
 
 @contextmanager
-def _signals() -> Iterator[int]:
+def _signals(reloads: bool) -> Iterator[int]:
     """A pipe's end from which the numbers of the signals that have come can be read."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    before = {number: signal.signal(number, lambda number, frame: None) for number in STOPS}
+    heard = (*STOPS, signal.SIGHUP) if reloads else STOPS
+    before = {number: signal.signal(number, lambda number, frame: None) for number in heard}
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     try:
         yield reading
@@ -243,7 +281,7 @@ def _signals() -> Iterator[int]:
 @contextmanager
 def _held() -> Iterator[None]:
     """Signals wait, in this process until the end, in a child until it lets them in."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPS, signal.SIGQUIT))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPS, signal.SIGQUIT, signal.SIGHUP))
     try:
         yield
     finally:
