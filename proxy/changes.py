@@ -16,7 +16,7 @@ def changes(before: Config, after: Config) -> list[str]:
     server = [name for name in type(after.server).model_fields if getattr(before.server, name) != getattr(after.server, name)]
     found = [
         _entry("server", [f"~{name}" for name in server]),
-        _entry("default_provider", ["~"] if before.default_provider != after.default_provider else []).rstrip(" ~"),
+        "default_provider" if before.default_provider != after.default_provider else "",
         _entry("providers", _signed(before.providers, after.providers)),
         _entry("models", _signed(before.routes, after.routes)),
         *_middleware(before.middleware, after.middleware),

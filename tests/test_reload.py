@@ -12,6 +12,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -454,6 +455,16 @@ async def test_a_circuit_stays_open_over_a_reload_of_its_options(tmp_path: Path)
     assert len(up.asked) == 2
 
 
+async def test_a_circuit_is_judged_by_the_new_policy_with_what_it_had_counted(tmp_path: Path) -> None:
+    patient = "fallback: {min_requests: 10}"
+    async with Upstream(refusing) as up, scene(tmp_path, up.url, patient) as at:
+        for _ in range(2):
+            await ask(at.gateway.port, chat("up/m"))
+        assert await at.reload(middleware=FRAGILE.format(seconds="1h"))
+        assert (await ask(at.gateway.port, chat("up/m"))).status == 500
+        assert (await ask(at.gateway.port, chat("up/m"))).json["error"]["code"] == "circuit_open"
+
+
 async def test_a_provider_whose_row_was_changed_is_asked_again_at_once(tmp_path: Path) -> None:
     """Its key or its URL may have been what was wrong."""
     async with Upstream(refusing) as up, scene(tmp_path, up.url, FRAGILE.format(seconds="1h")) as at:
@@ -466,15 +477,18 @@ async def test_a_provider_whose_row_was_changed_is_asked_again_at_once(tmp_path:
 
 
 async def test_what_was_spent_of_a_retry_budget_stays_spent(tmp_path: Path) -> None:
-    spare = "metrics, retry: {{base: 0s, budget: 0, floor: 2, count: {count}}}"
-    async with Upstream(refusing) as up, scene(tmp_path, up.url, spare.format(count=2)) as at:
+    spare = "metrics, retry: {{base: 0s, budget: 0, floor: {floor}, count: {count}}}"
+    async with Upstream(refusing) as up, scene(tmp_path, up.url, spare.format(count=2, floor=2)) as at:
         await ask(at.gateway.port, chat("up/m"))
         assert len(up.asked) == 3
-        assert await at.reload(middleware=spare.format(count=5))
+        assert await at.reload(middleware=spare.format(count=5, floor=2))
         await ask(at.gateway.port, chat("up/m"))
         assert len(up.asked) == 4
         assert await at.sample("penstock_retries_total") == 2
         assert await at.sample("penstock_retry_budget_exhausted_total") == 1
+        assert await at.reload(middleware=spare.format(count=5, floor=3))
+        await ask(at.gateway.port, chat("up/m"))
+        assert len(up.asked) == 6, "one more is in the new budget"
 
 
 async def test_what_auth_refused_stays_counted(tmp_path: Path) -> None:
@@ -745,6 +759,12 @@ async def test_with_workers_all_follow_and_a_worker_that_is_restarted_has_the_ne
         page = (await served.ask("GET", "/metrics"))[1]
         assert read(page, "penstock_config_reloads_total", result="success") == 1
         assert read(page, "penstock_config_reloads_total", result="refused") == 1
+        os.killpg(served.process.pid, signal.SIGHUP)  # as a terminal does: the workers have read that notice
+        await served.until(lambda found: len(re.findall("not reloaded", served.said)) == 2)
+        async with asyncio.timeout(20):
+            while read(page, "penstock_config_reloads_total", result="refused") == 1:
+                page = (await served.ask("GET", "/metrics"))[1]
+        assert read(page, "penstock_config_reloads_total", result="refused") == 2
         os.kill(pids[1], signal.SIGKILL)
         await served.replaced(1, pids[1])
         states = await served.until(lambda found: all("config" in one for one in found))

@@ -356,11 +356,12 @@ class TestBudget:
         assert exact * math.exp(-1 / 60) - 1 < allowed <= exact + 1e-6
 
     def test_several_workers_divide_the_floor(self) -> None:
-        """The share is of what each is asked, so it is divided already."""
+        """The share is of what each is asked, so it is divided already. A reload says again how many there are."""
         allowed = []
         for worker in range(2):
             retry = Retry(budget=0.0, floor=3)
-            retry.attach(Surroundings([retry], lambda model: Route(None, ()), {}, workers=2, worker=worker))
+            for _ in range(2):
+                retry.attach(Surroundings([retry], lambda model: Route(None, ()), {}, workers=2, worker=worker))
             allowed.append(sum(retry._budgets.spend("t", 0.0) for _ in range(9)))
         assert allowed == [2, 1]
 

@@ -17,8 +17,11 @@ import orjson
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """number: of the config that is to be served. text: its file's. faults: of the last file, where it was refused; else none."""
+    """serial: of notices, so that one is not read twice. number: of the config that is to be served; text: its file's. faults: of
+    the last file, where it was refused; else none.
+    """
 
+    serial: int
     number: int
     text: str = ""
     faults: Sequence[str] = ()

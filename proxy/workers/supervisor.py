@@ -77,7 +77,7 @@ class Supervisor:
     ) -> None:
         self._config = config
         self._file = file
-        self._notice = Notice(1)
+        self._notice = Notice(0, 1)
         self._ports = ports
         self._do = do
         self._silent = silent
@@ -201,22 +201,32 @@ class Supervisor:
 
     def _reload(self, file: ConfigFile) -> None:
         """Check the file; if it is right it is that of workers to come, and those that run are told to follow."""
-        number, text = self._notice.number, self._notice.text
+        before = self._notice
         try:
             text = file.read()
-            self._config, kept = file.parse(text, self._config.server)
+            config, kept = file.parse(text, self._config.server)
         except ConfigError as error:
             self._say("config not reloaded, the earlier one is still served:")
             for fault in error.faults:
                 self._say(f"  {fault}")
-            self._notice = Notice(number, self._notice.text, error.faults)
+            self._post(Notice(before.serial + 1, before.number, before.text, error.faults))
         else:
-            self._notice = Notice(number + 1, text)
-            self._say(f"config {number + 1} goes to {len(self._slots)} workers")
-            if kept:
-                self._say(f"until a restart these stay as they were: {', '.join(kept)}")
-        post(self._directory, self._notice)
+            if self._post(Notice(before.serial + 1, before.number + 1, text)):
+                self._config = config
+                self._say(f"config {before.number + 1} goes to {len(self._slots)} workers")
+                if kept:
+                    self._say(f"until a restart these stay as they were: {', '.join(kept)}")
+
+    def _post(self, notice: Notice) -> bool:
+        """Tell the workers; could they be told?"""
+        try:
+            post(self._directory, notice)
+        except OSError as error:
+            self._say(f"the workers cannot be told of the config: {error.strerror or error}")
+            return False
+        self._notice = notice
         self._tell(signal.SIGHUP)
+        return True
 
     # The end
 

@@ -115,18 +115,21 @@ async def _beat(place: Place) -> None:
 
 
 async def _follow(gateway: Gateway, place: Place, bell: asyncio.Event) -> None:
-    """Do what each notice says. Several signals may have been one: what counts is what the notice says now."""
+    """Do what each notice says. Several signals may have been one, and some are from others: what counts is the notice."""
     if place.file is None:
         return
-    reloader = Reloader(gateway, place.file)
+    reloader, notice = Reloader(gateway, place.file), posted(place.directory)
+    seen = notice.serial if notice is not None else 0
     while True:
         await bell.wait()
         bell.clear()
-        notice = posted(place.directory)
-        if notice is not None and notice.faults:
+        if (notice := posted(place.directory)) is None:
+            continue
+        if notice.faults and notice.serial > seen:
             gateway.record.refused(notice.faults)
-        if notice is not None and notice.number > gateway.record.number:
+        if notice.number > gateway.record.number:
             await reloader.follow(notice.text, notice.number)
+        seen = notice.serial
 
 
 async def _hand_over(siblings: Siblings) -> None:
