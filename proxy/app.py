@@ -217,8 +217,8 @@ async def _serve(config: Config, file: ConfigFile | None) -> int:
             for name in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(name, stop.set)
             settle_memory()
-            greet(config, gateway.port)
             async with following(gateway, file, bell):
+                greet(config, gateway.port)
                 await stop.wait()
             # A second signal does not wait for the streams.
             draining = asyncio.create_task(gateway.drain())
