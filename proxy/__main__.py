@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from proxy import __version__
-from proxy.config import Config, ConfigError, json_schema, load, parse
+from proxy.config import Config, ConfigError, json_schema, parse
 from proxy.configfile import ConfigFile
 from proxy.conformance.options import add_options
 from proxy.wording import PER_WORKER

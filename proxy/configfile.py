@@ -1,7 +1,7 @@
 """config.yaml as a file that may change while the gateway runs: what it says now, and whether that is worth loading.
 
 Strategy: each look opens the path anew and hashes the content, so it makes no difference whether an editor writes in place, a
-deployment renames over it or a ConfigMap swaps a symlink, and a touched file is no change (a look takes 30 us, without any
+deployment renames over it or a ConfigMap swaps a symlink, and a touched file is no change (a look takes 8 us, without any
 guessing from timestamps). A new content counts once two looks have found the same: a file that is just being written, or is empty
 for a moment, is not loaded.
 The one rule: every content is offered once, right or wrong.
