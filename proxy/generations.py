@@ -70,19 +70,12 @@ class Generations:
         generation = Generation(compose(layers, self._innermost), directory, self._settings(config, layers), layers)
         started: list[Any] = []
         try:
-            for place in places.values():
-                if place.fresh:
-                    _attach(place.layer, surroundings)
-                    if hasattr(place.layer, "start"):
-                        await place.layer.start()
-                    started.append(place.layer)
+            for layer in (place.layer for place in places.values() if place.fresh):
+                await _start(layer, surroundings)
+                started.append(layer)
             # From here to the end nothing waits, so no request runs in between.
             for place in places.values():
-                if place.fresh and hasattr(place.layer, "adopt") and type(place.layer) is type(place.before):
-                    place.layer.adopt(place.before)
-            for place in places.values():
-                if not place.fresh:
-                    _attach(place.layer, surroundings)
+                _join(place, surroundings)
         except BaseException:
             await _close_all(started)
             raise
@@ -132,6 +125,20 @@ class Generations:
 def _attach(layer: Any, surroundings: Surroundings) -> None:
     if hasattr(layer, "attach"):
         layer.attach(surroundings)
+
+
+async def _start(layer: Any, surroundings: Surroundings) -> None:
+    _attach(layer, surroundings)
+    if hasattr(layer, "start"):
+        await layer.start()
+
+
+def _join(place: Place, surroundings: Surroundings) -> None:
+    """It is about to serve: as it is, in other surroundings, or in the place of another."""
+    if not place.fresh:
+        _attach(place.layer, surroundings)
+    elif hasattr(place.layer, "adopt") and type(place.layer) is type(place.before):
+        place.layer.adopt(place.before)
 
 
 async def _close_all(layers: Sequence[Any]) -> None:

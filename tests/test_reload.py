@@ -695,6 +695,16 @@ async def test_readyz_and_metrics_show_the_generation_and_the_last_refusal(tmp_p
         assert await at.sample("penstock_config_last_reload_success_timestamp_seconds") > began
 
 
+async def test_the_admin_address_serves_what_a_reload_added(tmp_path: Path) -> None:
+    async with scene(tmp_path, server="{port: 0, admin_listen: '127.0.0.1:0'}") as at:
+        assert await at.reload(middleware="metrics")
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"http://127.0.0.1:{at.gateway.admin_port}/metrics") as response,
+        ):
+            assert "penstock_build_info" in await response.text()
+
+
 async def test_a_gateway_without_a_file_has_one_config() -> None:
     async with gateway() as running:
         assert running.record.health()["config"]["generation"] == 1
