@@ -20,6 +20,7 @@ class Outcome(StrEnum):
     """The one way a call ended; named by the relay, read by metrics and logs."""
 
     COMPLETED = "completed"
+    TRUNCATED = "truncated"
     CLIENT_GONE = "client_gone"
     UPSTREAM_ERROR = "upstream_error"
     UPSTREAM_CUT = "upstream_cut"
@@ -38,7 +39,13 @@ class Outcome(StrEnum):
 
 
 # The status that logs and metrics give an end that has no error of its own; 499 is nginx's word for a client that left.
-STATUSES = {Outcome.COMPLETED: 200, Outcome.CLIENT_GONE: 499, Outcome.DRAINING: 503, Outcome.TIMEOUT_TOTAL: 504}
+STATUSES = {
+    Outcome.COMPLETED: 200,
+    Outcome.TRUNCATED: 200,
+    Outcome.CLIENT_GONE: 499,
+    Outcome.DRAINING: 503,
+    Outcome.TIMEOUT_TOTAL: 504,
+}
 
 
 def why_cancelled(error: BaseException) -> Outcome:

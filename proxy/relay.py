@@ -108,7 +108,7 @@ class Relay:
         self._delivery.whole(Response(status, orjson.dumps(body), {**headers, "Content-Type": "application/json"}))
         if self._delivery.congested:
             await self._drained()
-        self._end(Outcome.COMPLETED)
+        self._end(self._reply.trailer.clean_end)
 
     async def _completion(self) -> Completion:
         """The whole reply; folded where the upstream streamed it."""
@@ -133,7 +133,7 @@ class Relay:
             delivery.end(self._face.last(self._held, self._reply.trailer, self._call.options))
             if delivery.congested:
                 await self._drained()
-            self._end(Outcome.COMPLETED)
+            self._end(self._reply.trailer.clean_end)
         except GatewayError as error:
             self._fail(self._interruption or error)
         except ConnectionError:

@@ -151,7 +151,25 @@ class Tapped:
         self._see = see
         self._finish = finish
         self._flow = flow_of(chunks)
+        self._receive: Receive | None = None
+        self._ended: Ended | None = None
         self._over = False
+        self._cut = False
+        self._last: Batch | None = None
+
+    def end(self, last: Batch) -> None:
+        """End the stream now, cleanly, from outside `see` (by a timer): `last` is its final batch. What lies further in has been
+        closed (`Trailer.so_far`), so that a read that is pending is over, too.
+        """
+        if self._over or self._cut:
+            return
+        self._cut = True
+        if self._receive is None or self._ended is None:
+            self._last = last
+        else:
+            self._over = True
+            self._receive(last)
+            self._ended(None)
 
     def __aiter__(self) -> Tapped:
         return self
@@ -159,16 +177,30 @@ class Tapped:
     async def __anext__(self) -> Batch:
         while not self._over:
             try:
-                if (seen := self._see(await anext(self._chunks))) is not None:
+                if self._cut:
+                    return self._at_the_cut()
+                batch = await anext(self._chunks)
+                if not self._cut and (seen := self._see(batch)) is not None:
+                    self._cut = seen.final and not batch.final
                     return seen
             except StopAsyncIteration:
                 await self.aclose()
                 if self._finish is not None:
                     await self._finish()
+            except GatewayError:
+                if self._last is None:
+                    await self.aclose()
+                    raise
             except BaseException:
                 await self.aclose()
                 raise
         raise StopAsyncIteration
+
+    def _at_the_cut(self) -> Batch:
+        if self._last is None:
+            raise StopAsyncIteration
+        last, self._last = self._last, None
+        return last
 
     async def aclose(self) -> None:
         self._over = True
@@ -181,6 +213,7 @@ class Tapped:
 
     def push(self, receive: Receive, ended: Ended) -> None:
         assert self._flow is not None
+        self._receive, self._ended = receive, ended
         see = self._see
 
         def passed(batch: Batch) -> None:
@@ -192,7 +225,13 @@ class Tapped:
                 self._over = True
                 ended(error)
             else:
-                if seen is not None:
+                if seen is None:
+                    return
+                if seen.final and not batch.final:
+                    self._over = self._cut = True
+                    receive(seen)
+                    ended(None)
+                else:
                     receive(seen)
 
         def over(error: Exception | None) -> None:
@@ -211,7 +250,8 @@ class Tapped:
             self._flow.resume()
 
     async def finished(self) -> None:
-        if self._flow is not None:
+        """What lies further in has had no end where the stream was cut here."""
+        if self._flow is not None and not self._cut:
             await self._flow.finished()
         if self._finish is not None:
             await self._finish()
@@ -221,12 +261,13 @@ def tapped(
     chunks: AsyncIterator[Batch],
     see: Callable[[Batch], Batch | None],
     finish: Callable[[], Awaitable[None]] | None = None,
-) -> AsyncIterator[Batch]:
+) -> Tapped:
     """`chunks`, each shown to `see` on its way. This is how a middleware looks at chunks without slowing them down.
 
     see: called synchronously for every batch in order; returns it, another one, or None to swallow it. It may raise: that ends
-    the stream with that error (a GatewayError tells the client). finish: awaited once after a clean end, before the client gets
-    the final batch; inner taps first.
+    the stream with that error (a GatewayError tells the client). A final batch in place of one that is not ends the stream there,
+    cleanly; `see` has then closed what lies further in (`Trailer.so_far`) and named the end (`Trailer.clean_end`).
+    finish: awaited once after a clean end, before the client gets the final batch; inner taps first, unless they had no end.
     """
     return Tapped(chunks, see, finish)
 
@@ -267,10 +308,11 @@ class Trailer:
 
     usage: OpenAI's usage object, or None where the upstream gave none. finish_reasons: by choice index. longest_gap: seconds
     between two writes to the client, or from the last one to the end; stalls: how many of these gaps were over a second.
+    clean_end: what a clean end is called where it is not the upstream's own, but one that the gateway makes on purpose.
     """
 
     __slots__ = (
-        "_callbacks", "_resources", "chunks", "error", "finish_reasons", "longest_gap", "outcome", "stalls", "usage",
+        "_callbacks", "_resources", "chunks", "clean_end", "error", "finish_reasons", "longest_gap", "outcome", "stalls", "usage",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -279,6 +321,7 @@ class Trailer:
         self.chunks = 0
         self.longest_gap = 0.0
         self.stalls = 0
+        self.clean_end = Outcome.COMPLETED
         self.outcome: Outcome | None = None
         self.error: GatewayError | None = None
         self._callbacks: list[Callable[[Trailer], None]] = []
@@ -294,6 +337,17 @@ class Trailer:
     def own(self, close: Callable[[], None]) -> None:
         """Take over a resource: `close()` is called when the reply ends or is closed. It must be idempotent."""
         self._resources.append(close)
+
+    def so_far(self) -> Callable[[], None]:
+        """What the reply holds open until now, that is further in than who asks: a function that closes just this."""
+        inner, self._resources = self._resources, []
+
+        def release() -> None:
+            while inner:
+                inner.pop()()
+
+        self._resources.append(release)
+        return release
 
     def release(self) -> None:
         """Close what the reply holds open, now. Synchronous, so that it also works while a task is being cancelled."""
