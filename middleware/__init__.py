@@ -11,22 +11,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from middleware.auth import Auth
+from middleware.bounds import Bounds
 from middleware.cache import Cache
 from middleware.fallback import Fallback
 from middleware.limits import Limits
 from middleware.metrics import Metrics
 from middleware.retry import Retry
+from middleware.smooth import Smooth
 from middleware.timeout import Timeout
+from middleware.tool_guard import ToolGuard
 from middleware.tracking import Tracking
 from proxy.pipeline import Middleware
 
 TABLE: Mapping[str, Callable[..., Middleware]] = {
     "auth": Auth,
+    "bounds": Bounds,
     "cache": Cache,
     "fallback": Fallback,
     "limits": Limits,
     "metrics": Metrics,
     "retry": Retry,
+    "smooth": Smooth,
     "tracking": Tracking,
     "timeout": Timeout,
+    "tool_guard": ToolGuard,
 }
