@@ -4,7 +4,7 @@ Strategy: every batch's encoded size and the size of its text are added up as it
 apart, chunk by chunk, so that the reply is the same however the provider's bytes were split. A bound on seconds is one timer per
 reply. The end is `finish_reason: length` with `native_finish_reason: penstock:<bound>` on every choice, usage as far as it is
 known, and `[DONE]`; the outcome is `truncated`, and the upstream is closed at once.
-Cost: 0.45 us per paced chunk, most of it for the estimate of tokens; a burst's run of text costs a few us in all.
+Cost: 0.9 us per paced chunk, most of it for the estimate of tokens; a burst's run of text costs a few us in all.
 The one rule: no chunk that goes over a bound is sent, none that does not is lost, and what the provider ended itself is complete.
 """
 

@@ -410,7 +410,7 @@ async def test_the_sdk_gets_the_same_reply_with_tool_calls_two_choices_and_usage
     assert [choice["message"]["content"] for choice in plain["choices"]] == ["ab", "xyz"]
 
 
-@pytest.mark.parametrize("model", ["demo/fast", "demo/tool", "demo/reason"])
+@pytest.mark.parametrize("model", ["demo/fast", "demo/tool"])
 @pytest.mark.parametrize("smooth", [True, {"chunks_per_second": 1000, "max_delay": 1}])
 async def test_the_demo_which_can_only_be_pulled_says_the_same(model: str, smooth: Any) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"required": ["a"], "properties": {"a": {}}}}}]

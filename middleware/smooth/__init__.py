@@ -1,7 +1,7 @@
 """Smooth streams: many small chunks as fewer larger ones, or bursts spread in time. Off, unless config or request asks.
 
 Strategy: a flow of its own (`flow`) between the reply and its reader holds chunks back (`waiting`) and lets them go on one timer.
-Cost: per paced chunk see docs/smoothing.md; merging costs less than it saves, because it writes less often.
+Cost: 1.5 us per paced chunk merged for 50 ms, 0.8 for 500, less what fewer writes save; see docs/smoothing.md.
 The one rule: folded, the reply is the same with and without it; the first chunk and the end never wait.
 """
 

@@ -5,7 +5,7 @@ closes what is open and goes behind it, so the order of everything is kept. Text
 (`proxy.text_events`); the reader would encode it anyway. Reasoning and tool calls are compared field by field.
 The one rule: folded, the joined chunks are the same reply as the single ones, whatever they were.
 
-Measured per chunk joined: 0.55 us encoded, 2.2 us decoded.
+Measured per chunk joined, with its way through the flow: 0.8 us encoded, 1.6 us decoded.
 """
 
 from __future__ import annotations
