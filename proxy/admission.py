@@ -27,24 +27,32 @@ Json = dict[str, Any]
 # Read by the gateway, or by middleware that may not be configured; never sent upstream. `metadata` alone also goes on.
 GATEWAY_FIELDS = frozenset({
     "penstock", "orq", "name", "cache", "timeout", "retry", "fallbacks", "models", "load_balancer",
-    "identity", "contact", "thread", "usage_placement", "strict_params",
+    "identity", "contact", "thread", "usage_placement", "strict_params", "keepalive_after", "keepalive_interval",
 })  # fmt: skip
 SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 NAME_LIMIT = 128
 ANYBODY = Principal()
 # Where `admit` itself looks: with none of them in the body there is nothing to find.
-READ_HERE = frozenset({"penstock", "orq", "name", "tracking", "identity", "contact", "usage_placement", "strict_params"})
+READ_HERE = frozenset({
+    "penstock", "orq", "name", "tracking", "identity", "contact", "usage_placement", "strict_params", "keepalive_after",
+    "keepalive_interval",
+})  # fmt: skip
+# What a request may ask for, in ms: more often than this, comments would be a load of their own.
+SHORTEST = {"keepalive_after": 100, "keepalive_interval": 1000}
+LONGEST = 3_600_000
 # What every call is altered from: a third of what its constructor costs (3 us).
 BLANK = Call(id="", nonce="", created=0, kind="chat", request={}, model="", stream=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What the operator decides where a request says nothing."""
+    """What the operator decides where a request says nothing. keepalive_*: seconds, 0 is never."""
 
     usage_on_finish: bool = False
     strict_params: bool = False
     max_depth: int = 64
+    keepalive_after: float = 0.0
+    keepalive_interval: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +192,24 @@ def _options(body: Json, own: OwnFields | None, defaults: Defaults) -> Options:
         usage is not None and usage.flag(),
         placement.one_of(("chunk", "finish")) == "finish" if placement else defaults.usage_on_finish,
         strict.flag() if strict else defaults.strict_params,
+        _pause(own, "keepalive_after", defaults.keepalive_after),
+        _pause(own, "keepalive_interval", defaults.keepalive_interval),
     )
 
 
+def _pause(own: OwnFields | None, name: str, default: float) -> float:
+    """Milliseconds in the request, 0 or false for never -> seconds."""
+    found = own.get(name) if own is not None else None
+    if found is None:
+        return default
+    if found.value is False or found.value == 0:
+        return 0.0
+    return found.number(SHORTEST[name], LONGEST) / 1000
+
+
 @functools.lru_cache
-def _shared(include_usage: bool, usage_on_finish: bool, strict_params: bool) -> Options:
-    """One object for each combination: there are eight."""
-    return Options(include_usage, usage_on_finish, strict_params)
+def _shared(
+    include_usage: bool, usage_on_finish: bool, strict_params: bool, keepalive_after: float, keepalive_interval: float
+) -> Options:
+    """One object for each combination; there are few, unless clients bring durations of their own."""
+    return Options(include_usage, usage_on_finish, strict_params, keepalive_after, keepalive_interval)

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 
 from aiohttp import web
@@ -26,7 +27,7 @@ from proxy.configfile import ConfigFile
 from proxy.demo import DemoTransport
 from proxy.exchange import SETTLE_SECONDS, Exchange
 from proxy.generations import Generations
-from proxy.pipeline import Answer, Endpoint, Middleware, Query, ask_one
+from proxy.pipeline import Answer, Endpoint, Middleware, Query, ask_one, share
 from proxy.reload import Record, Reloader
 from proxy.server import Edge, Generation, ServerSettings
 from proxy.sockets import listen
@@ -77,16 +78,21 @@ class Gateway:
         gauges = {
             "upstream_connections": lambda: self.http.connections,
             "open_calls": lambda: self.edge.open_calls,
+            "waiting_calls": lambda: self.edge.waiting_calls,
+            "max_streams": lambda: self.edge.max_streams,
+            "max_waiting": lambda: self.edge.max_waiting,
             "buffered_bytes": lambda: self.edge.buffered,
         }
         exchange = Exchange(WIRES, transports, settle=self._settle)
-        self._generations = Generations(exchange, _settings, gauges, self.record.samples, self._worker)
+        settings = partial(_settings, worker=self._worker)
+        self._generations = Generations(exchange, settings, gauges, self.record.samples, self._worker)
         try:
             await self._generations.follow(config, self._begin)
         except BaseException:
             await self.http.close()
             raise
-        self._runner = web.ServerRunner(self.edge.server(), handle_signals=False, shutdown_timeout=0.1)
+        self._server = self.edge.server()
+        self._runner = web.ServerRunner(self._server, handle_signals=False, shutdown_timeout=0.1)
         self._admin = web.ServerRunner(self.edge.server(admin=True), handle_signals=False, shutdown_timeout=0.1)
         await self._runner.setup()
         await self._admin.setup()
@@ -128,11 +134,13 @@ class Gateway:
         """
         server = self.config.server
         self.edge.not_ready()
+        self._server.part()
         await asyncio.sleep(server.drain_delay)
         self.edge.draining = True
         leave()
         for site in self._sites:
             await site.stop()
+        self._server.close_idle()
         if not await self.edge.drained(server.drain_timeout):
             self.edge.end_all()
             await self.edge.drained(5.0)
@@ -174,7 +182,7 @@ async def _sites(runner: web.ServerRunner, sockets: Sequence[socket.socket]) -> 
     return sites, port
 
 
-def _settings(config: Config, layers: Sequence[Middleware]) -> ServerSettings:
+def _settings(config: Config, layers: Sequence[Middleware], worker: int) -> ServerSettings:
     server = config.server
     authenticated = any(hasattr(layer, "authenticate") for layer in layers)
     return ServerSettings(
@@ -183,7 +191,11 @@ def _settings(config: Config, layers: Sequence[Middleware]) -> ServerSettings:
         write_timeout=server.write_timeout,
         loopback_only=not server.allow_anonymous and not authenticated,
         admin_loopback_only=not server.allow_anonymous,
-        defaults=Defaults(config.usage_on_finish, server.strict_params, server.max_depth),
+        max_streams=share(server.max_streams, server.workers, worker),
+        max_waiting=share(server.max_waiting, server.workers, worker),
+        defaults=Defaults(
+            config.usage_on_finish, server.strict_params, server.max_depth, server.keepalive_after, server.keepalive_interval
+        ),
     )
 
 

@@ -119,11 +119,15 @@ class Options:
 
     include_usage: the client asked for usage in the stream. usage_on_finish: on the chunk with the finish reason.
     strict_params: refuse, rather than drop, a parameter that the target's format cannot carry.
+    keepalive_after: a stream begins after so many seconds without a first chunk. keepalive_interval: it says a comment after so
+    many of silence. 0 is never.
     """
 
     include_usage: bool = False
     usage_on_finish: bool = False
     strict_params: bool = False
+    keepalive_after: float = 0.0
+    keepalive_interval: float = 0.0
 
 
 @dataclass(frozen=True)

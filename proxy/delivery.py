@@ -42,6 +42,11 @@ class Connection(Protocol):
         """More is queued than the transport's high-water mark."""
         ...
 
+    @property
+    def parting(self) -> bool:
+        """The server is going away: each connection ends with the answer that is being written."""
+        ...
+
     async def drained(self) -> None:
         """Returns when it is no longer congested. Raises ConnectionError when the client has gone."""
         ...
@@ -123,6 +128,7 @@ class Delivery:
         transport.write(data)
 
     def _headed(self, status: int, headers: Mapping[str, str], framing: str) -> bytes:
+        self.close = self.close or self._connection.parting
         close = "Connection: close\r\n" if self.close else ""
         lines = [f"{name}: {value}\r\n" for name, value in headers.items() if name != "Connection"]
         fields = "".join(lines)

@@ -109,6 +109,15 @@ class Unconfigured(GatewayError):
     outcome = Outcome.REFUSED
 
 
+class Overloaded(GatewayError):
+    """The gateway has as much to do as it may have."""
+
+    status = 503
+    type = "service_unavailable"
+    code = "overloaded"
+    outcome = Outcome.REFUSED
+
+
 class Draining(GatewayError):
     """The gateway is shutting down."""
 

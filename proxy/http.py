@@ -22,6 +22,12 @@ from proxy.reply import Head
 
 Json = dict[str, Any]
 
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
 
 class Request:
     """A client's request whose head is in. path: percent-decoded. length: the declared size of its body, in bytes.

@@ -48,6 +48,7 @@ class Lane(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport | None = None
         self.congested = False
+        self.parting = False
         self._waiter: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._request: Request | None = None
@@ -82,6 +83,11 @@ class Lane(asyncio.Protocol):
         if self._task is not None:
             self._task.cancel()
         if self.transport is not None:
+            self.transport.close()
+
+    def close_idle(self) -> None:
+        """End the connection if nothing is served on it; else it ends with its answer (`parting`)."""
+        if self._task is None and self.transport is not None:
             self.transport.close()
 
     def _leave(self) -> None:
@@ -206,7 +212,7 @@ class Lane(asyncio.Protocol):
         transport = self.transport
         if transport is None:
             return
-        if request.delivery.close or not request.delivery.begun:
+        if request.delivery.close or not request.delivery.begun or self.parting:
             self._part(request, transport)
         elif request.missing:
             # It was answered before its body was all there: the rest is read over, for a while.

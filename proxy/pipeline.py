@@ -138,7 +138,12 @@ class Surroundings:
     def share(self, limit: int) -> int:
         """This worker's part of a limit on the whole gateway. All parts together are the limit, but none is less than 1 where the
         limit is not 0, since who has a connection to one worker cannot turn to another."""
-        return max(1, limit // self.workers + (self.worker < limit % self.workers)) if limit > 0 else limit
+        return share(limit, self.workers, self.worker)
+
+
+def share(limit: int, workers: int, worker: int) -> int:
+    """The part of a limit on the whole gateway that is one worker's; see `Surroundings.share`."""
+    return max(1, limit // workers + (worker < limit % workers)) if limit > 0 else limit
 
 
 def compose(middleware: Sequence[Middleware], innermost: Handler) -> Handler:

@@ -23,6 +23,8 @@ from proxy.delivery import Delivery, Response
 from proxy.errors import GatewayError, Outcome, UpstreamTimeout
 from proxy.faces import Face
 from proxy.fold import fold, unfold
+from proxy.http import STREAM_HEADERS
+from proxy.keepalive import COMMENT, COMMENT_AMONG_IDS, KeepAlive, told_late
 from proxy.reply import Batch, Completion, Flow, Reply, flow_of
 
 log = structlog.get_logger("penstock")
@@ -30,11 +32,6 @@ log = structlog.get_logger("penstock")
 Json = dict[str, Any]
 
 STALL_SECONDS = 1.0
-STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}
 
 
 class Relay:
@@ -98,7 +95,9 @@ class Relay:
         self.interrupt(UpstreamTimeout("total", self._call.limits.total or 0.0))
 
     async def _own_answer(self, headers: Mapping[str, str]) -> None:
-        """What a middleware answers by itself."""
+        """What a middleware answers by itself. A status that comes too late to be told is an error."""
+        if self._delivery.begun:
+            raise too_late(self._reply.head.status, await self._completion())
         await self._json(self._reply.head.status, await self._completion(), headers)
 
     async def _whole(self, headers: Mapping[str, str]) -> None:
@@ -119,8 +118,13 @@ class Relay:
 
     async def _stream(self, headers: Mapping[str, str]) -> None:
         delivery = self._delivery
-        delivery.start({**headers, **STREAM_HEADERS})
+        if delivery.begun:
+            delivery.write(told_late(headers))
+        else:
+            delivery.start({**headers, **STREAM_HEADERS})
         self._last = self._clock()
+        keepalive = KeepAlive(self._call.options.keepalive_interval, self._spoke, self._comment)
+        keepalive.start()
         try:
             try:
                 if (flow := flow_of(self._reply.chunks)) is not None:
@@ -128,6 +132,7 @@ class Relay:
                 else:
                     await self._pulled()
             finally:
+                keepalive.stop()
                 self._gaps()
             # The end of the stream and the end of the HTTP body, in one write.
             delivery.end(self._face.last(self._held, self._reply.trailer, self._call.options))
@@ -206,6 +211,14 @@ class Relay:
         self._last = now
         return self._delivery.write(self._face.events(batch))
 
+    def _spoke(self) -> float:
+        return self._last
+
+    def _comment(self) -> None:
+        """A line for a long silence, unless the client has not even taken what was before it."""
+        if not self._delivery.congested:
+            self._delivery.write(COMMENT if self._sent is None or self._sent.number is None else COMMENT_AMONG_IDS)
+
     def _gaps(self) -> None:
         """The silence before the end is a gap too: a stream that timed out had its longest there."""
         gap, trailer = self._clock() - self._last, self._reply.trailer
@@ -237,6 +250,16 @@ class Relay:
 
     def _end(self, outcome: Outcome, error: GatewayError | None = None) -> None:
         self._reply.trailer.end(outcome, error)
+
+
+def too_late(status: int, body: Json) -> GatewayError:
+    """What is said of a middleware's own answer once the response has begun with status 200; its own error, if it is one."""
+    found = body.get("error")
+    if isinstance(found, dict) and isinstance(found.get("message"), str):
+        kind, code = (str(found.get(name) or "own_answer") for name in ("type", "code"))
+        return GatewayError(found["message"], status=status, type=kind, code=code)
+    message = f"The answer has status {status}, which can no longer be told: keepalive_after had begun a stream."
+    return GatewayError(message, code="answer_too_late")
 
 
 async def _unfolded(reply: Reply) -> AsyncIterator[Batch]:

@@ -21,9 +21,10 @@ import structlog
 from proxy.admission import ANYBODY, Defaults, Readers, admit, parse_json, request_id
 from proxy.call import Call, Principal
 from proxy.delivery import Response
-from proxy.errors import Draining, GatewayError, Outcome, Refused, UpstreamTimeout, why_cancelled
+from proxy.errors import Draining, GatewayError, Outcome, Overloaded, Refused, UpstreamTimeout, why_cancelled
 from proxy.faces import FACES, Face
 from proxy.http import Request, allow, check_json, error_response, head_headers, json_response
+from proxy.keepalive import kept_alive, told
 from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query, Streamed, ask_one
 from proxy.relay import Relay
 from proxy.reply import Reply
@@ -48,6 +49,7 @@ class ServerSettings:
 
     loopback_only: refuse every Host but localhost, 127.0.0.1 and [::1], which keeps web pages (DNS rebinding) out of a gateway
     that has no auth; admin_loopback_only the same for the admin address, which never has.
+    max_streams: calls that are open at a time, max_waiting: those among them that wait for their reply; 0 is no bound.
     """
 
     max_body: int = 32 * 2**20
@@ -55,6 +57,8 @@ class ServerSettings:
     write_timeout: float = 60.0
     loopback_only: bool = True
     admin_loopback_only: bool = True
+    max_streams: int = 0
+    max_waiting: int = 0
     defaults: Defaults = field(default_factory=Defaults)
 
 
@@ -113,6 +117,7 @@ class Edge:
         self._ask = ask
         self._state = state
         self._active: dict[asyncio.Task[Any], Relay | None] = {}
+        self._relaying = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._ending = False
@@ -130,6 +135,19 @@ class Edge:
     @property
     def open_calls(self) -> int:
         return len(self._active)
+
+    @property
+    def waiting_calls(self) -> int:
+        """Calls that have been let in and whose reply is not there yet."""
+        return len(self._active) - self._relaying
+
+    @property
+    def max_streams(self) -> int:
+        return self.generation.settings.max_streams
+
+    @property
+    def max_waiting(self) -> int:
+        return self.generation.settings.max_waiting
 
     @property
     def buffered(self) -> int:
@@ -231,12 +249,19 @@ class Edge:
         if point.admin and generation.authenticate is not None and not principal.admin:
             raise Refused("This needs a key with admin: true.", status=403, code="admin_only", type="permission_error")
         body = await self._body(generation, request) if point.method != "GET" else b""
-        answer = await self._ask(point, Query(request.method, request.path, request.query, headers, body, principal))
-        if isinstance(answer, Streamed):
+        query = Query(request.method, request.path, request.query, headers, body, principal)
+        if point.admin:
+            return _answered(await self._ask(point, query))
+        # It may stream: it is open as a call is, and is ended as one.
+        task = self._enter()
+        try:
+            answer = await self._unless_ended(self._ask(point, query))
+            if not isinstance(answer, Streamed):
+                return _answered(answer)
             await self._relayed(generation, request, answer.call, answer.reply, FACES_BY_KIND[answer.call.kind], 0.0)
             return None
-        fields = {"Server": "penstock", "Content-Type": answer.content_type, **answer.headers}
-        return Response(answer.status, answer.body, fields)
+        finally:
+            self._leave(task)
 
     def _health(self, path: str) -> Response:
         if path == "/readyz" and not self._ready:
@@ -252,6 +277,9 @@ class Edge:
             "pid": os.getpid(),
             "open_calls": self.open_calls,
             **self._state(),
+            "waiting_calls": self.waiting_calls,
+            "max_streams": self.max_streams,
+            "max_waiting": self.max_waiting,
             "middleware": state,
         }
         return Answer(orjson.dumps(found, default=str), 200 if self._ready else 503)
@@ -286,12 +314,7 @@ class Edge:
         principal: Principal,
     ) -> Response | None:
         """One call through the pipeline. It can be ended from outside (`end_all`) at every stage."""
-        task = asyncio.current_task()
-        assert task is not None
-        if self.draining:
-            raise Draining("The gateway is shutting down.", headers={"Retry-After": "1"})
-        self._active[task] = None
-        self._idle.clear()
+        task = self._enter()
         try:
             started = time.perf_counter()
             check_json(headers)
@@ -303,16 +326,36 @@ class Edge:
             face.check(body)
             directory, readers = generation.directory, generation.readers
             call = admit(body, face.KIND, headers, directory, settings.defaults, identity, principal, readers)
+            waiting = handler(call) if call.deadline is None else self._in_time(handler, call)
+            if call.options.keepalive_after and call.stream and call.kind != "embeddings":
+                waiting = kept_alive(waiting, call, request.delivery)
             try:
-                reply = await self._unless_ended(handler(call) if call.deadline is None else self._in_time(handler, call))
+                reply = await self._unless_ended(waiting)
                 await self._relayed(generation, request, call, reply, face, time.perf_counter() - started)
                 return None
             except GatewayError as error:
-                return error_response(error, identity)
+                return told(error, call, face, request.delivery)
         finally:
-            del self._active[task]
-            if not self._active:
-                self._idle.set()
+            self._leave(task)
+
+    def _enter(self) -> asyncio.Task[Any]:
+        """The current task is open from now on, unless that is one too many. Nothing has been read of a call's body yet."""
+        task, settings = asyncio.current_task(), self.generation.settings
+        assert task is not None
+        if self.draining:
+            raise Draining("The gateway is shutting down.", headers={"Retry-After": "1"})
+        if 0 < settings.max_streams <= len(self._active):
+            raise _overloaded("max_streams", settings.max_streams)
+        if 0 < settings.max_waiting <= self.waiting_calls:
+            raise _overloaded("max_waiting", settings.max_waiting)
+        self._active[task] = None
+        self._idle.clear()
+        return task
+
+    def _leave(self, task: asyncio.Task[Any]) -> None:
+        del self._active[task]
+        if not self._active:
+            self._idle.set()
 
     async def _relayed(
         self, generation: Generation, request: Request, call: Call, reply: Reply, face: Face, seconds: float
@@ -320,9 +363,13 @@ class Edge:
         """The reply, written out to its end. Raises GatewayError as long as nothing was sent."""
         relay = Relay(request.delivery, call, reply, face, generation.settings.write_timeout)
         task = asyncio.current_task()
-        if task in self._active:
-            self._active[task] = relay
-        await relay.run(head_headers(call, reply.head, seconds))
+        assert task is not None
+        self._active[task] = relay
+        self._relaying += 1
+        try:
+            await relay.run(head_headers(call, reply.head, seconds))
+        finally:
+            self._relaying -= 1
 
     async def _in_time(self, handler: Handler, call: Call) -> Reply:
         """The pipeline's reply, before the call's deadline."""
@@ -370,6 +417,15 @@ class Edge:
                 task.cancel(Outcome.DRAINING)
             else:
                 relay.interrupt(Draining("The gateway is shutting down."))
+
+
+def _overloaded(bound: str, most: int) -> Overloaded:
+    return Overloaded(f"The gateway has as many open calls as server.{bound} allows ({most}).", headers={"Retry-After": "1"})
+
+
+def _answered(answer: Answer) -> Response:
+    fields = {"Server": "penstock", "Content-Type": answer.content_type, **answer.headers}
+    return Response(answer.status, answer.body, fields)
 
 
 def _by_path(points: Iterable[Endpoint]) -> dict[str, dict[str, Endpoint]]:

@@ -164,9 +164,22 @@ def _address(written: str) -> str:
     return written
 
 
+def _off(written: Any) -> Any:
+    return 0 if written in ("off", False) else written
+
+
+def _pause(seconds: float) -> float:
+    if seconds and not 0.01 <= seconds <= 3600:
+        raise ValueError("must be off, or from 0.01 to 3600")
+    return seconds
+
+
 Port = Annotated[int, _Bounds(Between(0, 65535))]
 LongWait = Annotated[float, *MARKS["seconds"], _Bounds(Between(0, 86400))]
 ShortWait = Annotated[float, *MARKS["seconds"], _Bounds(Between(0.001, 3600))]
+# Behind the others, so that it is asked first; shorter ones would be a busy loop rather than a pause.
+Pause = Annotated[float, *MARKS["seconds"], AfterValidator(_pause), BeforeValidator(_off)]
+Count = Annotated[int, _Bounds(Between(0, 10**6))]
 BodySize = Annotated[int, *MARKS["bytes"], _Bounds(Between(1024, 2**30))]
 
 
@@ -176,6 +189,8 @@ class Server(Section):
     workers: processes that share the port. watch: reload the file when it changes, not only at SIGHUP. admin_listen: `host:port`
     of a second address that serves health, metrics and admin endpoints, without auth.
     allow_anonymous: somebody beyond this machine may use an address that has no auth.
+    keepalive_after: without a first chunk for so long, a stream begins all the same. keepalive_interval: after so long a silence
+    it says a comment. max_streams: calls that are open. max_waiting: those among them without an answer yet. 0: off.
     """
 
     host: Annotated[str, Field(min_length=1), AfterValidator(_no_brackets)] = "127.0.0.1"
@@ -187,6 +202,10 @@ class Server(Section):
     drain_delay: LongWait = 0.0
     drain_timeout: LongWait = 30.0
     write_timeout: ShortWait = 60.0
+    keepalive_after: Pause = 0.0
+    keepalive_interval: Pause = 15.0
+    max_streams: Count = 20_000
+    max_waiting: Count = 0
     max_depth: Annotated[int, _Bounds(Between(4, 240))] = 64
     admin_listen: Annotated[str, AfterValidator(_address)] | None = None
     allow_anonymous: bool = False

@@ -38,9 +38,24 @@ class Server(web.Server):
         )
         self._handle = handle
         self._lanes: set[Lane] = set()
+        self.parting = False
 
     def __call__(self) -> Lane:  # type: ignore[override]
-        return Lane(self._handle, self._connection, self._lanes)
+        lane = Lane(self._handle, self._connection, self._lanes)
+        lane.parting = self.parting
+        return lane
+
+    def part(self) -> None:
+        """From now on every answer says `Connection: close`, and is its connection's last."""
+        self.parting = True
+        for lane in self._lanes:
+            lane.parting = True
+
+    def close_idle(self) -> None:
+        """Close the connections on which nothing is being served; those of aiohttp also end with what is."""
+        for lane in list(self._lanes):
+            lane.close_idle()
+        self.pre_shutdown()
 
     def _connection(self) -> asyncio.Protocol:
         return _Connection(self, loop=self._loop, **self._kwargs)
@@ -52,14 +67,15 @@ class Server(web.Server):
 
     async def _handed(self, request: web.BaseRequest) -> web.StreamResponse:
         """A request that aiohttp has read."""
-        found = _Read(request)
+        found = _Read(request, self)
         await self._handle(found)
         return _Sent(found.delivery)
 
 
 class _Connection(RequestHandler):
-    """aiohttp's server protocol, with one thing changed: a client that closes while bytes to it are still queued is gone at once,
-    rather than when the queue has been flushed, which may be never."""
+    """aiohttp's server protocol with two changes. A client that closes while bytes to it are still queued is gone at once, rather
+    than when the queue has been flushed, which may be never. And to close an idle connection closes it; aiohttp only stops
+    serving it, and leaves the rest to the server's end."""
 
     __slots__ = ()
 
@@ -67,15 +83,23 @@ class _Connection(RequestHandler):
         if self.transport is not None and self.transport.get_write_buffer_size():
             self.transport.abort()
 
+    def close(self) -> None:
+        idle = self._waiter is not None
+        super().close()
+        if idle and self.transport is not None:
+            self.transport.close()
+
 
 class _Read(Request):
     """A request out of aiohttp's parser; its body is read from there, too."""
 
     __slots__ = ("_request",)
 
-    def __init__(self, request: web.BaseRequest) -> None:
+    def __init__(self, request: web.BaseRequest, server: Server) -> None:
         modern = request.version >= (1, 1)
-        delivery = Delivery(_Written(request), chunked=modern, bodiless=request.method == "HEAD", close=not request.keep_alive)
+        delivery = Delivery(
+            _Written(request, server), chunked=modern, bodiless=request.method == "HEAD", close=not request.keep_alive
+        )
         super().__init__(request.method, "", request.headers, delivery, request.content_length or 0)
         self.path, self.query_string = request.path, request.query_string
         self.missing = self.length or 1  # it may have a body of unknown length; `body` finds out
@@ -108,10 +132,15 @@ class _Read(Request):
 class _Written:
     """An aiohttp connection as a delivery sees it."""
 
-    __slots__ = ("_request",)
+    __slots__ = ("_request", "_server")
 
-    def __init__(self, request: web.BaseRequest) -> None:
+    def __init__(self, request: web.BaseRequest, server: Server) -> None:
         self._request = request
+        self._server = server
+
+    @property
+    def parting(self) -> bool:
+        return self._server.parting
 
     @property
     def transport(self) -> Any:

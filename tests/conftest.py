@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import structlog
 
+from proxy.delivery import Delivery
+
 Json = dict[str, Any]
 NODE = Path(__file__).parent / "node"
 
@@ -50,3 +52,18 @@ def lines() -> Iterator[list[Json]]:
     with structlog.testing.capture_logs() as found:
         yield found  # type: ignore[misc]
     structlog.configure(**before)
+
+
+@pytest.fixture
+def comments(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Every comment that a gateway in this process writes to a client, as it is written."""
+    found: list[bytes] = []
+    write = Delivery.write
+
+    def noted(delivery: Delivery, data: bytes) -> bool:
+        if data.startswith(b":"):
+            found.append(data)
+        return write(delivery, data)
+
+    monkeypatch.setattr(Delivery, "write", noted)
+    return found

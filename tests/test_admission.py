@@ -263,6 +263,36 @@ class TestOptions:
         assert not admitted(body).options.usage_on_finish
         assert admitted({**body, "usage_placement": "finish"}).options.usage_on_finish
 
+    def test_the_pauses_of_keep_alive_are_milliseconds_and_false_or_0_is_never(self) -> None:
+        given = Defaults(keepalive_after=3.0, keepalive_interval=15.0)
+        for own, after, interval in (
+            ({}, 3.0, 15.0),
+            ({"keepalive_after": 2500, "keepalive_interval": 5000}, 2.5, 5.0),
+            ({"penstock": {"keepalive_after": 2500}}, 2.5, 15.0),
+            ({"orq": {"keepalive_interval": False}}, 3.0, 0.0),
+            ({"keepalive_after": False, "keepalive_interval": 0}, 0.0, 0.0),
+            ({"keepalive_after": None}, 3.0, 15.0),
+        ):
+            call = admitted(own, defaults=given)
+            assert (call.options.keepalive_after, call.options.keepalive_interval) == (after, interval), own
+            assert not {"keepalive_after", "keepalive_interval", "penstock", "orq"} & set(call.request)
+
+    @pytest.mark.parametrize(
+        ("own", "param"),
+        [
+            ({"keepalive_after": 99}, "keepalive_after"),
+            ({"keepalive_after": True}, "keepalive_after"),
+            ({"keepalive_after": "2s"}, "keepalive_after"),
+            ({"penstock": {"keepalive_after": 3_600_001}}, "penstock.keepalive_after"),
+            ({"orq": {"keepalive_interval": 999}}, "orq.keepalive_interval"),
+            ({"keepalive_interval": -1}, "keepalive_interval"),
+        ],
+    )
+    def test_a_pause_out_of_bounds_is_refused_with_its_path(self, own: Json, param: str) -> None:
+        with pytest.raises(Refused) as caught:
+            admitted(own)
+        assert caught.value.param == param
+
     @pytest.mark.parametrize(
         ("asked", "expected"), [({"include_usage": True}, True), ({"include_usage": False}, False), ({}, False), (None, False)]
     )

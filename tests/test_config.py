@@ -168,9 +168,19 @@ extra: 1
     ]
 
 
+@pytest.mark.parametrize(("written", "seconds"), [("off", 0), ("0", 0), ("false", 0), ("250ms", 0.25), ("1h", 3600)])
+def test_a_pause_may_be_off(written: str, seconds: float) -> None:
+    server = parsed(f"server: {{keepalive_after: {written}, keepalive_interval: {written}}}").server
+    assert (server.keepalive_after, server.keepalive_interval) == (seconds, seconds)
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
+        ("server: {keepalive_after: 5ms}", "server.keepalive_after (line 1): must be off, or from 0.01 to 3600"),
+        ("server: {keepalive_interval: 2h}", "server.keepalive_interval (line 1): must be off, or from 0.01 to 3600"),
+        ("server: {max_streams: -1}", "server.max_streams (line 1): must be from 0 to 1000000"),
+        ("server: {max_waiting: true}", "server.max_waiting (line 1): must be a number"),
         ("server: [1]", "server (line 1): must be a mapping"),
         ("[1]", "config.yaml (line 1): must be a mapping with sections such as server, providers, models, middleware"),
         ("server: {}\nmiddleware: tracking", "middleware (line 2): must be a list"),

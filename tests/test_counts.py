@@ -85,7 +85,7 @@ class Provider:
 class Client:
     """A connection that notes what is written to it; it is its own transport."""
 
-    congested = False
+    congested = parting = False
 
     def __init__(self) -> None:
         self.writes: list[bytes] = []

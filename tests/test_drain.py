@@ -185,26 +185,81 @@ def parsed(raw: bytes) -> Answer:
     return answer_of(int(first.split(" ")[1]), dict(line.split(": ", 1) for line in lines), body)
 
 
-async def test_a_request_on_a_connection_that_stood_already_gets_503() -> None:
-    """A kept-alive connection outlives the listener; what comes over it then is not begun."""
+async def test_a_request_that_comes_too_late_gets_503() -> None:
+    """One that was on its way when the listener closed."""
+    async with drainable(held_stream()) as (running, upstream):
+        running.edge.draining = True
+        answer = await ask(running.port, chat())
+    assert answer.status == 503
+    assert answer.error is not None
+    assert answer.error["code"] == "draining"
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert upstream.asked == []
+
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+ODD_HEALTH = HEALTH.replace(b"\r\n\r\n", b"\r\nTE: trailers\r\n\r\n")  # for aiohttp to read
+
+
+@pytest.mark.parametrize("request_", [HEALTH, ODD_HEALTH], ids=["lane", "aiohttp"])
+async def test_idle_connections_are_closed_when_the_listener_is(request_: bytes) -> None:
     held = held_stream()
-    async with drainable(held) as (running, upstream):
-        with await connected(running.port) as kept, await connected(running.port) as client:
-            await kept.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    async with drainable(held) as (running, _):
+        with await connected(running.port) as kept, await connected(running.port) as fresh, await connected(running.port) as busy:
+            await kept.send(request_)
             await kept.read_until(b"ok")
-            await client.post(chat())
-            await client.read_until(b"word ")
+            await busy.post(chat())
+            await busy.read_until(b"word ")
+            draining = asyncio.create_task(running.drain())
+            async with asyncio.timeout(LONG / 2):
+                assert await kept.read() == b""
+                assert await fresh.read() == b""
+            assert not draining.done()
+            held.go.set()
+            await busy.read_until(b"[DONE]")
+            await busy.read_to_end()
+            await draining
+
+
+@pytest.mark.parametrize("odd", [b"", b"TE: trailers\r\n"], ids=["lane", "aiohttp"])
+async def test_a_stream_that_began_before_the_drain_is_its_connections_last_answer(odd: bytes) -> None:
+    """Its head cannot say so any more; the connection is closed behind its end."""
+    held = held_stream()
+    async with drainable(held) as (running, _):
+        with await connected(running.port) as client:
+            await client.send(request_bytes(chat()).replace(b"\r\n", b"\r\n" + odd, 1))
+            assert b"connection: close" not in (await client.read_until(b"word ")).lower()
             draining = asyncio.create_task(running.drain())
             await until(lambda: running.edge.draining)
-            kept.received = b""
-            await kept.post(chat())
-            answer = parsed(await kept.read_until(b"draining"))
-            assert answer.status == 503
-            assert int(answer.headers["Retry-After"]) >= 1
             held.go.set()
-            await client.read_until(b"[DONE]")
+            body = await client.read_to_end()
             await draining
-    assert len(upstream.asked) == 1
+    assert body.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("odd", [b"", b"TE: trailers\r\n"], ids=["lane", "aiohttp"])
+async def test_answers_during_the_drain_delay_say_close_and_are_their_connections_last(odd: bytes) -> None:
+    """So that clients with kept connections move on to where the load balancer sends them. Nothing is closed under a request."""
+    held = held_stream()
+    async with drainable(held, delay="20s") as (running, _):
+        with await connected(running.port) as kept, await connected(running.port) as begun:
+            await kept.send(HEALTH.replace(b"\r\n", b"\r\n" + odd, 1))
+            assert b"connection: close" not in (await kept.read_until(b"ok")).lower()
+            draining = asyncio.create_task(running.drain())
+            await asyncio.sleep(0)
+            kept.received = b""
+            await kept.send(HEALTH)
+            assert b"\r\nconnection: close\r\n" in (await kept.read_to_end()).lower()
+            await begun.send(request_bytes(chat()).replace(b"\r\n", b"\r\n" + odd, 1))
+            assert b"\r\nconnection: close\r\n" in (await begun.read_until(b"word ")).lower()
+            held.go.set()
+            assert b"[DONE]" in await begun.read_to_end()
+            with await connected(running.port) as late:
+                await late.send(HEALTH.replace(b"\r\n", b"\r\n" + odd, 1))
+                assert b"\r\nconnection: close\r\n" in (await late.read_to_end()).lower()
+            assert not draining.done()
+            draining.cancel()
+            await asyncio.gather(draining, return_exceptions=True)
 
 
 async def test_during_drain_delay_readyz_says_no_and_everything_else_goes_on() -> None:

@@ -30,9 +30,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("proxy.decoder",),
     ("proxy.wire.*", "proxy.faces.*", "middleware.*", "proxy.source", "proxy.admission", "proxy.logs"),
     (
-        "proxy.upstream.*", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.delivery", "proxy.http", "proxy.lane",
-        "proxy.sockets", "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema", "proxy.wording",
-        "proxy.configfile", "proxy.changes",
+        "proxy.upstream.*", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.keepalive", "proxy.delivery", "proxy.http",
+        "proxy.lane", "proxy.sockets", "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema",
+        "proxy.wording", "proxy.configfile", "proxy.changes",
     ),
     ("proxy.server",),
     ("proxy.generations", "proxy.reload"),
@@ -43,7 +43,7 @@ CONFIG = {
     "proxy.changes",
 }  # fmt: skip
 # Modules that serve one another on one floor, beside those that share a folder.
-CLIENT_SIDE = {"proxy.delivery", "proxy.http", "proxy.lane", "proxy.sockets", "proxy.relay"}
+CLIENT_SIDE = {"proxy.delivery", "proxy.http", "proxy.lane", "proxy.sockets", "proxy.relay", "proxy.keepalive"}
 # `app.run` hands over to the workers, each of which is a gateway of `app`.
 WORKERS = {"proxy.workers", "proxy.workers.supervisor", "proxy.workers.worker"}
 TOGETHER = (CONFIG, CLIENT_SIDE, {"proxy.app", "proxy.__main__"}, {"proxy.app"} | WORKERS)

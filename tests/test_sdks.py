@@ -118,8 +118,8 @@ async def held(asked: Asked, line: Line) -> None:
 
 
 @asynccontextmanager
-async def serving(answer: Answer | None = None) -> AsyncIterator[tuple[Gateway, Upstream]]:
-    async with Upstream(answer) as upstream, gateway(upstream.url, CONFIG) as running:
+async def serving(answer: Answer | None = None, config: str = CONFIG) -> AsyncIterator[tuple[Gateway, Upstream]]:
+    async with Upstream(answer) as upstream, gateway(upstream.url, config) as running:
         yield running, upstream
 
 
@@ -356,6 +356,66 @@ async def test_python_raises_in_mid_stream(answer: Answer, model: str) -> None:
     assert seen.text == seen_sync.text != ""
 
 
+# Comments in silences, and a stream that begins before its first chunk (docs/streams.md).
+EARLY = CONFIG.replace("drain_timeout: 1s", "drain_timeout: 1s, keepalive_after: 20ms, keepalive_interval: 20ms")
+
+
+def halting(comments: list[bytes]) -> Answer:
+    """The words, with a silence before them and one in between, each until two comments were written."""
+
+    async def answer(asked: Asked, line: Line) -> None:
+        await until(lambda: len(comments) >= 2)
+        await line.head()
+        await line.chunk(event({"role": "assistant", "content": ""}), event({"content": "Grüße, "}))
+        before = len(comments)
+        await until(lambda: len(comments) >= before + 2)
+        await line.chunk(event({"content": "🌊"}), event({}, "stop"))
+        await line.chunk(
+            b"data: %b\n\n" % json.dumps({"id": "c", "created": 1, "model": "m", "choices": [], "usage": USAGE}).encode()
+        )
+        await line.chunk(DONE)
+        await line.end()
+
+    return answer
+
+
+def failing_late(comments: list[bytes]) -> Answer:
+    async def answer(asked: Asked, line: Line) -> None:
+        await until(lambda: len(comments) >= 2)
+        await refusal(429)(asked, line)
+
+    return answer
+
+
+async def test_python_reads_over_comments_and_a_late_commit(comments: list[bytes]) -> None:
+    seen, seen_sync = Seen(), Seen()
+    asked: Any = {"model": "openai/m", "messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}}
+
+    def use(client: OpenAI) -> None:
+        for chunk in client.chat.completions.create(**asked):
+            seen_sync.add(chunk)
+
+    async with serving(halting(comments), EARLY) as (running, _), asynchronous(running) as client:
+        async for chunk in await client.chat.completions.create(**asked):
+            seen.add(chunk)
+        comments.clear()
+        await in_thread(running, use)
+    check_words(seen)
+    check_words(seen_sync)
+
+
+async def test_python_raises_the_error_that_comes_after_a_late_commit(comments: list[bytes]) -> None:
+    def use(client: OpenAI) -> None:
+        for _ in client.chat.completions.create(model="openai/m", messages=MESSAGES, stream=True):
+            pytest.fail("there was no chunk")
+
+    async with serving(failing_late(comments), EARLY) as (running, _):
+        with pytest.raises(openai.APIError) as caught:
+            await in_thread(running, use)
+    assert type(caught.value) is openai.APIError
+    assert (caught.value.message, caught.value.code) == ("the provider's words", "some_code")
+
+
 async def test_python_that_closes_its_stream_closes_the_upstream() -> None:
     async with serving(held) as (running, upstream), asynchronous(running) as client:
         found = await client.chat.completions.create(model="openai/m", messages=MESSAGES, stream=True)
@@ -447,8 +507,8 @@ async def ended(process: asyncio.subprocess.Process) -> Json:
     return found
 
 
-async def told(node: Json, answer: Answer | None, scenario: str, model: str = "openai/m") -> Json:
-    async with serving(answer) as (running, _):
+async def told(node: Json, answer: Answer | None, scenario: str, model: str = "openai/m", config: str = CONFIG) -> Json:
+    async with serving(answer, config) as (running, _):
         return await ended(await start(node, running, scenario, model))
 
 
@@ -493,6 +553,17 @@ async def test_node_raises_in_mid_stream(node: Json, answer: Answer) -> None:
     found = await told(node, answer, "midstream")
     assert (found["error"], found["status"], found["text"]) == ("APIError", None, "half ")
     assert found["code"]
+
+
+async def test_node_reads_over_comments_and_a_late_commit(node: Json, comments: list[bytes]) -> None:
+    found = await told(node, halting(comments), "stream", config=EARLY)
+    assert (found["text"], found["finish"]) == ("Grüße, 🌊", "stop")
+    assert found["usage"].items() >= USAGE.items()
+
+
+async def test_node_raises_the_error_that_comes_after_a_late_commit(node: Json, comments: list[bytes]) -> None:
+    found = await told(node, failing_late(comments), "midstream", config=EARLY)
+    assert (found["error"], found["status"], found["code"], found["text"]) == ("APIError", None, "some_code", "")
 
 
 async def test_node_that_aborts_closes_the_upstream(node: Json) -> None:
