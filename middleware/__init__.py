@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from middleware.auth import Auth
 from middleware.bounds import Bounds
 from middleware.cache import Cache
+from middleware.coalesce import Coalesce
+from middleware.disconnect import Disconnect
 from middleware.fallback import Fallback
 from middleware.limits import Limits
 from middleware.metrics import Metrics
@@ -27,6 +29,8 @@ TABLE: Mapping[str, Callable[..., Middleware]] = {
     "auth": Auth,
     "bounds": Bounds,
     "cache": Cache,
+    "coalesce": Coalesce,
+    "disconnect": Disconnect,
     "fallback": Fallback,
     "limits": Limits,
     "metrics": Metrics,

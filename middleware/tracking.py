@@ -18,9 +18,10 @@ import structlog
 
 from proxy.call import Call, altered
 from proxy.errors import STATUSES, GatewayError, Outcome, why_cancelled
+from proxy.estimate import estimated_usage
 from proxy.own_fields import Field, OwnFields
 from proxy.pipeline import Handler
-from proxy.reply import Batch, Reply, Trailer, Try, Usage, tapped
+from proxy.reply import Batch, Reply, Trailer, Try, tapped
 from proxy.units import Between, ByteSize
 
 Json = dict[str, Any]
@@ -31,6 +32,7 @@ LONGEST_VALUE = 512
 LONGEST_ID = 128
 # What the client was told, or would have been, where no error says it; 499 is nginx's for a client that has left.
 NOT_ASKED = frozenset({Outcome.REFUSED, Outcome.LIMITED, Outcome.BLOCKED})
+REPLAYED = frozenset({"hit", "joined"})
 # Where a usage object has what the line tells of it.
 TOKENS = (
     (None, "prompt_tokens"),
@@ -115,13 +117,32 @@ class Tracking:
         if streamed:
             line["longest_gap_ms"] = _ms(trailer.longest_gap)
         line["finish_reasons"] = list(trailer.finish_reasons.values())
-        if trailer.usage:
-            _count(line, trailer.usage)
+        source = trailer.source or trailer
+        if source.outcome is None and head.cache != "joined":
+            source.on_end(lambda source: self._used(call, head.target, source))
+        else:
+            _count(line, call, trailer if head.cache in REPLAYED else source)
         if error is not None:
             line["code"] = error.code
         if text is not None:
             line["reply"] = text.found()
         self._write(call, line)
+
+    def outlived(self, call: Call, reply: Reply) -> None:
+        """A reply is read on whose client, and its line, are gone."""
+        if reply.head.cache not in REPLAYED:
+            source = reply.trailer.source or reply.trailer
+            source.on_end(lambda source: self._used(call, reply.head.target, source))
+
+    def _used(self, call: Call, target: str, source: Trailer) -> None:
+        """A second line, for what a reply used that was read on after its client had left."""
+        line: Json = {"id": call.id, "key": call.principal.name, "model": call.model, "target": target}
+        if call.name is not None:
+            line["name"] = call.name
+        line["ended"] = (source.outcome or Outcome.GATEWAY_ERROR).value
+        _count(line, call, source)
+        line["event"] = "usage"
+        self._log(line)
 
     def _line(self, call: Call, started: float, outcome: Outcome, status: int) -> Json:
         """What every line says. Nothing is put in that is not known, rather than taken out afterwards (0.8 us per line)."""
@@ -224,8 +245,13 @@ def _asked(call: Call, error: GatewayError) -> Json:
     return {} if target is None or error.outcome in NOT_ASKED else {"target": str(target), "attempts": 1}
 
 
-def _count(line: Json, usage: Usage) -> None:
-    """The provider's figures, where it gave them."""
+def _count(line: Json, call: Call, trailer: Trailer) -> None:
+    """The provider's figures, where it gave them, or an estimate that says so; nothing where nothing is known."""
+    usage = trailer.usage
+    if not usage:
+        if (usage := estimated_usage(call, trailer)) is None:
+            return
+        line["usage_estimated"] = True
     for place, name in TOKENS:
         found = usage.get(name) if place is None else usage[place].get(name) if isinstance(usage.get(place), dict) else None
         if found is not None:

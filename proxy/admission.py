@@ -27,7 +27,8 @@ Json = dict[str, Any]
 # Read by the gateway, or by middleware that may not be configured; never sent upstream. `metadata` alone also goes on.
 GATEWAY_FIELDS = frozenset({
     "penstock", "orq", "name", "cache", "timeout", "retry", "fallbacks", "models", "load_balancer",
-    "identity", "contact", "thread", "usage_placement", "strict_params", "keepalive_after", "keepalive_interval",
+    "identity", "contact", "thread", "usage_placement", "strict_params", "keepalive_after", "keepalive_interval", "coalesce",
+    "on_disconnect",
 })  # fmt: skip
 SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 NAME_LIMIT = 128

@@ -86,6 +86,12 @@ class GatewayError(Exception):
         self.headers: Mapping[str, str] = headers or {}
         self.tries: tuple[Any, ...] = ()
 
+    def again(self) -> GatewayError:
+        """The same error as an object of its own: raised for many, a single one would collect all their tracebacks."""
+        twin = type(self).__new__(type(self), *self.args)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
     def envelope(self) -> Json:
         """`{"message", "type", "param", "code"}`, what stands under `error` in a body or a chunk."""
         return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}

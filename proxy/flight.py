@@ -10,14 +10,18 @@ dropped, with an error.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
+from proxy.call import altered
 from proxy.errors import GatewayError, Outcome
-from proxy.reply import Batch, Ended, Head, Receive, Reply, Run, Trailer, flow_of
+from proxy.reply import Batch, Ended, Head, Receive, Reply, Run, Sent, Trailer, flow_of
 from proxy.timers import Expiry, after
+
+log = logging.getLogger("penstock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +49,18 @@ class Flight:
     """Reads `reply` to its end, or until `close`. Everything here happens in the event loop's thread.
 
     numbered: the events carry ids, 1, 2, 3…. emptied: called whenever the last follower has left before the end; without it the
-    reply is then closed. ended: called once, when all is over.
+    reply is then closed. ended: called once, when all is over. start: False where followers are to be there before the first
+    batch; then `start` is called.
     joinable: a follower can still have it from the start. over: no batch will come any more. error: what broke it, if so.
-    size: bytes kept; total: bytes that have come. number: that of the next event.
+    size: bytes kept; total: bytes that have come. number: that of the next event. ending: the follower that sees to the end.
+    parting: with which outcome the last follower left. usage_only: once nobody follows, only usage is waited for: the reply is
+    closed behind its final batch, before what middleware further in does at a clean end.
     """
+
+    __slots__ = (
+        "__weakref__", "_base", "_emptied", "_final", "_flow", "_followers", "_go", "_held", "_kept", "_last", "_numbered",
+        "_task", "_told", "bounds", "ending", "error", "number", "over", "parting", "reply", "size", "total", "usage_only",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -58,6 +70,7 @@ class Flight:
         numbered: bool = False,
         emptied: Callable[[Flight], None] | None = None,
         ended: Callable[[Flight], None] | None = None,
+        start: bool = True,
     ) -> None:
         self.reply = reply
         self.bounds = bounds
@@ -66,6 +79,8 @@ class Flight:
         self.size = 0
         self.total = 0
         self.number = 1
+        self.parting: Outcome | None = None
+        self.usage_only = False
         self._numbered = numbered
         self._emptied = emptied
         self._told = ended
@@ -74,12 +89,21 @@ class Flight:
         self._followers: list[Follower] = []
         self._flow = flow_of(reply.chunks)
         self._held = False
-        self._go = asyncio.Event()
-        self._go.set()
+        self._go: asyncio.Event | None = None
         self._task: asyncio.Task[None] | None = None
+        self.ending: Follower | None = None
+        self._last: Batch | None = None
+        self._final = 0
+        if start:
+            self.start()
+
+    def start(self) -> None:
+        """Begin to read."""
         if self._flow is not None:
             self._flow.push(self._receive, self._ended)
         else:
+            self._go = asyncio.Event()
+            self._go.set()
             self._task = asyncio.get_running_loop().create_task(self._pull())
 
     @property
@@ -100,8 +124,9 @@ class Flight:
             return None
         follower = Follower(self, place, skip)
         self._followers.append(follower)
-        self._steer()
-        return Reply(head or self.reply.head, follower, follower.trailer, whole=self.reply.whole)
+        if self._held:
+            self._steer()
+        return altered(self.reply, head=head or self.reply.head, chunks=follower, trailer=follower.trailer)
 
     def close(self, outcome: Outcome = Outcome.CANCELLED, error: GatewayError | None = None) -> None:
         """End it from outside: the reply is closed, and followers get `error` (or a general one) where it was not over."""
@@ -117,19 +142,50 @@ class Flight:
             batch = batch.numbered(self.number)
             self.number += _events(batch)
         size = len(batch.sse())
+        if batch.final:
+            self._final = size
+        else:
+            self._last = batch
         self._kept.append((batch, size))
         self.size += size
         self.total += size
-        for follower in tuple(self._followers):
+        # Nearly always one; it may leave meanwhile.
+        for follower in self._followers[:]:
             follower.advance()
-        self._trim()
+        if self.size > self.bounds.keep:
+            self._trim()
+        if self.usage_only and batch.final and not self._followers:
+            self.close(Outcome.CLIENT_GONE)
 
     def _ended(self, error: Exception | None) -> None:
+        if self.over:
+            return
         if error is not None:
             known = error if isinstance(error, GatewayError) else GatewayError("The gateway failed on this stream.")
+            if known is not error:
+                log.error("A shared stream failed.", exc_info=error)
             self._finish(known, known.outcome)
-        elif self._task is None and self._flow is not None:
-            self._task = asyncio.get_running_loop().create_task(self._settle())
+        elif len(self._followers) == 1 and self._followers[0].takes_the_end():
+            pass
+        elif self._task is None and self.ending is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """See to what middleware further in does after a clean end, in a task of its own."""
+        self.ending = None
+        self._task = asyncio.get_running_loop().create_task(self._settle())
+
+    async def settled(self) -> None:
+        """The same in the task of the only follower, which is awake at the end anyway. Raises what it raises."""
+        assert self._flow is not None
+        self.ending = None
+        try:
+            await self._flow.finished()
+        except Exception as error:
+            self._ended(error)
+            raise
+        finally:
+            self._finish(None, Outcome.COMPLETED)
 
     async def _settle(self) -> None:
         """What middleware further in does after a clean end comes before the followers' end."""
@@ -142,9 +198,12 @@ class Flight:
             self._finish(None, Outcome.COMPLETED)
 
     async def _pull(self) -> None:
+        assert self._go is not None
         try:
             async for batch in self.reply.chunks:
                 self._receive(batch)
+                if self.over:
+                    return
                 await self._go.wait()
         except Exception as error:
             self._ended(error)
@@ -155,17 +214,25 @@ class Flight:
         if self.over:
             return
         self.over, self.error = True, error
-        self.reply.trailer.end(outcome, error)
+        trailer = self.reply.trailer
+        if self._last is not None and trailer.usage is None:
+            trailer.sent = Sent(self.total - self._final, self._last, len(self._last.sse()))
+        trailer.end(outcome, error)
         if self._task is not None and self._task is not _current():
             self._task.cancel()
         for follower in tuple(self._followers):
             follower.advance()
-        if self._told is not None:
-            self._told(self)
+        told, self._told, self._emptied = self._told, None, None
+        if told is not None:
+            told(self)
 
     def _trim(self) -> None:
         """Let go of the oldest batches that are beyond what is kept and that no follower still needs."""
-        needed = min((follower.place for follower in self._followers), default=self._base + len(self._kept))
+        followers = self._followers
+        if len(followers) == 1:
+            needed = followers[0].place
+        else:
+            needed = min((follower.place for follower in followers), default=self._base + len(self._kept))
         while self.size > self.bounds.keep and self._base < needed:
             self.size -= self._kept.popleft()[1]
             self._base += 1
@@ -179,20 +246,34 @@ class Flight:
 
     def before(self, place: int) -> int:
         """How many bytes came before the batch at a place."""
+        if place == self._base:
+            return self.total - self.size
         return self.total - sum(size for _, size in islice(self._kept, place - self._base, None))
 
     def left(self, follower: Follower) -> None:
         """A follower has gone."""
         if follower in self._followers:
             self._followers.remove(follower)
+            self.parting = follower.trailer.outcome
+            if self.ending is follower and self._followers:
+                self.settle()
             if self._followers or self.over:
                 self._trim()
                 self._steer()
             elif self._emptied is not None:
                 self._steer()
                 self._emptied(self)
+                self._end_alone()
             else:
                 self.close(Outcome.CLIENT_GONE)
+
+    def _end_alone(self) -> None:
+        """The one that was to see to the end has left before it did."""
+        if self.ending is not None and not self.over:
+            if self.usage_only:
+                self.close(Outcome.CLIENT_GONE)
+            else:
+                self.settle()
 
     def steer(self) -> None:
         """A follower has fallen behind, or caught up."""
@@ -201,15 +282,17 @@ class Flight:
 
     def _steer(self) -> None:
         """Read on, unless there are followers and all of them are behind."""
-        held = bool(self._followers) and all(follower.behind for follower in self._followers)
+        held = bool(self._followers)
+        for follower in self._followers:
+            if not follower.behind:
+                held = False
+                break
         if held == self._held or self.over:
             return
         self._held = held
-        if held:
-            self._go.clear()
-        else:
-            self._go.set()
-        if self._flow is not None:
+        if self._go is not None:
+            (self._go.clear if held else self._go.set)()
+        elif self._flow is not None:
             (self._flow.pause if held else self._flow.resume)()
 
     def _place(self, after: int) -> tuple[int | None, int]:
@@ -229,14 +312,22 @@ class Flight:
 
 
 class Follower:
-    """One reader of a flight: a flow. place: the number of the batch that it gets next. behind: it has asked for a pause."""
+    """One reader of a flight: a flow. place: the number of the batch that it gets next. behind: it has asked for a pause.
 
-    pushes = True
+    pushes: all but whole replies, which have to be pulled.
+    """
+
+    __slots__ = (
+        "_advancing", "_dropped", "_ended", "_flight", "_got", "_impatience", "_left", "_receive", "_skip", "_waiter", "behind",
+        "place", "pushes", "trailer",
+    )  # fmt: skip
 
     def __init__(self, flight: Flight, place: int, skip: int) -> None:
         self.place = place
         self.behind = False
+        self.pushes = not flight.reply.whole
         self.trailer = Trailer()
+        self.trailer.source = flight.reply.trailer.source or flight.reply.trailer
         self.trailer.own(self._leave)
         self._flight = flight
         self._skip = skip
@@ -254,6 +345,8 @@ class Follower:
     def push(self, receive: Receive, ended: Ended) -> None:
         self._receive, self._ended = receive, ended
         self.advance()
+        if self._flight.size > self._flight.bounds.keep:
+            self._flight.steer()
 
     def pause(self) -> None:
         self.behind = True
@@ -265,8 +358,22 @@ class Follower:
         if not self.behind:
             self._flight.steer()
 
+    def takes_the_end(self) -> bool:
+        """If it has all and is pushed to, it is told of the end at once, and its reader sees to what is done there."""
+        if self._ended is None or self.behind or self._advancing or self._flight.batch(self.place) is not None:
+            return False
+        self._flight.ending = self
+        ended, self._receive, self._ended = self._ended, None, None
+        ended(None)
+        return True
+
     async def finished(self) -> None:
-        """The flight has seen to that."""
+        """The flight has seen to that, or this is to."""
+        if self._flight.ending is self:
+            try:
+                await self._flight.settled()
+            finally:
+                self._fill()
 
     def advance(self) -> None:
         """Hand on all that has come, if it is wanted now; the flight calls it for every batch, and at the end."""
@@ -280,8 +387,9 @@ class Follower:
                 self._receive(batch)
         finally:
             self._advancing = False
-        self._watch()
-        if not self.behind and self._over() and self._ended is not None:
+        if self.behind or self._impatience is not None:
+            self._watch()
+        if self._ended is not None and not self.behind and (self._flight.over or self._dropped is not None) and self._over():
             ended, self._receive, self._ended = self._ended, None, None
             ended(self._end())
 
@@ -294,7 +402,7 @@ class Follower:
         while (batch := self._next()) is None:
             if self._over():
                 if (error := self._end()) is not None:
-                    raise error.with_traceback(None)
+                    raise error
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -329,12 +437,14 @@ class Follower:
 
     def _end(self) -> GatewayError | None:
         self._fill()
-        return self._dropped or self._flight.error
+        error = self._dropped or self._flight.error
+        return None if error is None else error.again()
 
     def _leave(self) -> None:
         if not self._left:
             self._left = True
             self._receive = self._ended = None
+            self._fill()
             if self._impatience is not None:
                 self._impatience.cancel()
             self._flight.left(self)

@@ -104,7 +104,10 @@ class Generations:
 
     def _surroundings(self, config: Config, layers: Sequence[Middleware], directory: Directory) -> Surroundings:
         changed = changed_providers(self._config, config) if self._config is not None else frozenset[str]()
-        return Surroundings(layers, directory.route, self._gauges, config.server.workers, self._worker, self._samples, changed)
+        server = config.server
+        return Surroundings(
+            layers, directory.route, self._gauges, server.workers, self._worker, self._samples, changed, server.write_timeout
+        )
 
     def _retire(self, old: Generation) -> None:
         """Close what only this one has, once its last request is over."""

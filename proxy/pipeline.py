@@ -34,6 +34,7 @@ class Middleware(Protocol):
         allows(principal, model) -> bool               may it use this model; if not, it is left out of listings
         endpoints: Sequence[Endpoint]                  paths that it serves
         refused(error) -> None                         told of a request that the edge turned away before there was a call
+        outlived(call, reply) -> None                  told of a reply that is read on, its client having left before its head
         samples() -> Iterable[Sample]                  its figures, asked for when somebody scrapes
         health() -> dict                               its state, shown on /readyz?verbose
         attach(surroundings) -> None                   what is around it, before the first call, and again after a reload
@@ -122,7 +123,8 @@ class Surroundings:
     """What a middleware may want to know of the gateway it is in.
 
     layers: the whole onion, outermost first. route: where a model name leads; raises Refused (400, 404).
-    gauges: figures of the process that no middleware can know (`upstream_connections`, `open_calls`).
+    gauges: figures of the process that no middleware can know (`upstream_connections`, `open_calls`). write_timeout: of clients
+    that take nothing, in seconds.
     workers: how many processes serve, each with state of its own. worker: which one this is, from 0.
     samples: the gateway's own figures. changed: the providers whose rows a reload has just changed, added or removed.
     """
@@ -134,6 +136,12 @@ class Surroundings:
     worker: int = 0
     samples: Callable[[], Iterable[Sample]] = tuple
     changed: frozenset[str] = frozenset()
+    write_timeout: float = 60.0
+
+    @property
+    def bookkeepers(self) -> Sequence[Callable[[Call, Reply], None]]:
+        """The `outlived` of all layers that have it."""
+        return [found for layer in self.layers if (found := getattr(layer, "outlived", None)) is not None]
 
     def share(self, limit: int) -> int:
         """This worker's part of a limit on the whole gateway. All parts together are the limit, but none is less than 1 where the

@@ -25,7 +25,7 @@ from proxy.faces import Face
 from proxy.fold import fold, unfold
 from proxy.http import STREAM_HEADERS
 from proxy.keepalive import COMMENT, COMMENT_AMONG_IDS, KeepAlive, told_late
-from proxy.reply import Batch, Completion, Flow, Reply, flow_of
+from proxy.reply import Batch, Completion, Flow, Reply, Sent, flow_of
 
 log = structlog.get_logger("penstock")
 
@@ -44,7 +44,9 @@ class Relay:
         self._face = face
         self._write_timeout = write_timeout
         self._interruption: GatewayError | None = None
+        self._flow: Flow | None = None
         self._sent: Batch | None = None
+        self._bytes = 0
         self._held = Batch([], final=True)
         self._wake: asyncio.Future[None] | None = None
         self._over = False
@@ -151,6 +153,7 @@ class Relay:
 
     async def _pushed(self, flow: Flow) -> None:
         """Relay all batches but the final one; returns when that is held and the reply has run to its end."""
+        self._flow = flow
         flow.push(self._receive, self._ended)
         loop = asyncio.get_running_loop()
         while not self._over:
@@ -169,7 +172,9 @@ class Relay:
         if self._over:
             return
         try:
-            if self._write(batch):
+            if self._write(batch) and self._flow is not None:
+                # At once: a flow may have much in hand, which a client that is behind must not be given all of.
+                self._flow.pause()
                 self._awake()
         except Exception as error:
             self._ended(error)
@@ -209,7 +214,9 @@ class Relay:
         elif gap > STALL_SECONDS:
             self._stalls += 1
         self._last = now
-        return self._delivery.write(self._face.events(batch))
+        events = self._face.events(batch)
+        self._bytes += len(events)
+        return self._delivery.write(events)
 
     def _spoke(self) -> float:
         return self._last
@@ -223,6 +230,8 @@ class Relay:
         """The silence before the end is a gap too: a stream that timed out had its longest there."""
         gap, trailer = self._clock() - self._last, self._reply.trailer
         trailer.longest_gap, trailer.stalls = max(self._longest, gap), self._stalls + (gap > STALL_SECONDS)
+        if self._sent is not None and trailer.usage is None:
+            trailer.sent = Sent(self._bytes, self._sent, len(self._face.events(self._sent)))
 
     async def _drained(self) -> None:
         """Wait for a client that is behind. One that has taken nothing for `write_timeout` is gone: raises ConnectionError."""

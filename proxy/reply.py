@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import orjson
 
@@ -303,16 +303,27 @@ class Head:
     extensions: Mapping[type, object] = field(default_factory=dict)
 
 
+class Sent(NamedTuple):
+    """What went out of a stream before its final batch: bytes in all, the last batch, and its size among them."""
+
+    bytes: int
+    last: Batch
+    last_bytes: int
+
+
 class Trailer:
     """What is known at the end: usage, finish reasons, outcome. Filled as chunks flow; `end` runs once, whatever happens.
 
     usage: OpenAI's usage object, or None where the upstream gave none. finish_reasons: by choice index. longest_gap: seconds
     between two writes to the client, or from the last one to the end; stalls: how many of these gaps were over a second.
-    clean_end: what a clean end is called where it is not the upstream's own, but one that the gateway makes on purpose.
+    clean_end: what a clean end is called where it is not the upstream's own, but one that the gateway makes on purpose. sent:
+    known at the end of a stream that told no usage. source: where the reply is one client's part of another that may outlive it
+    (a flight), the trailer of that: its usage is what was used, and it may be known later.
     """
 
     __slots__ = (
-        "_callbacks", "_resources", "chunks", "clean_end", "error", "finish_reasons", "longest_gap", "outcome", "stalls", "usage",
+        "_callbacks", "_resources", "chunks", "clean_end", "error", "finish_reasons", "longest_gap", "outcome", "sent", "source",
+        "stalls", "usage",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -322,6 +333,8 @@ class Trailer:
         self.longest_gap = 0.0
         self.stalls = 0
         self.clean_end = Outcome.COMPLETED
+        self.sent: Sent | None = None
+        self.source: Trailer | None = None
         self.outcome: Outcome | None = None
         self.error: GatewayError | None = None
         self._callbacks: list[Callable[[Trailer], None]] = []

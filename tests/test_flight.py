@@ -101,14 +101,66 @@ async def test_a_late_follower_gets_the_prefix_at_once_and_then_the_same_as_all(
 async def test_the_end_waits_for_what_is_done_at_the_end_further_in() -> None:
     source, gate = Scripted(), asyncio.Event()
     source.finished = gate.wait  # type: ignore[assignment, method-assign]
-    reader = Reader(Flight(source.reply, Bounds()).follow())
+    flight = Flight(source.reply, Bounds())
+    one, two = Reader(flight.follow()), Reader(flight.follow())
     source.receive(Batch([chunk(1)], final=True))
     source.ended(None)
     await settled()
-    assert reader.ends == []
+    assert (one.ends, two.ends) == ([], [])
     gate.set()
     await settled()
-    assert reader.ends == [None]
+    assert (one.ends, two.ends) == ([None], [None])
+
+
+async def test_the_only_reader_sees_to_the_end_itself_and_who_comes_meanwhile_waits_for_it() -> None:
+    source, gate = Scripted(), asyncio.Event()
+    source.finished = gate.wait  # type: ignore[assignment, method-assign]
+    flight = Flight(source.reply, Bounds(keep=10_000))
+    only = Reader(flight.follow())
+    source.receive(Batch([chunk(1)], final=True))
+    tasks = len(asyncio.all_tasks())
+    source.ended(None)
+    assert (only.ends, len(asyncio.all_tasks())) == ([None], tasks)
+    late = Reader(flight.follow())
+    assert (late.text, late.ends, flight.over) == (only.text, [], False)
+    waiting = asyncio.create_task(only.flow.finished())
+    await settled()
+    assert (late.ends, flight.over) == ([], False)
+    gate.set()
+    await waiting
+    assert (late.ends, outcome(source)) == ([None], Outcome.COMPLETED)
+
+
+@pytest.mark.parametrize("another", [False, True])
+async def test_the_end_is_seen_to_although_the_only_reader_left_before_it_did(another: bool) -> None:
+    source = Scripted()
+    flight = Flight(source.reply, Bounds(keep=10_000), emptied=lambda flight: None)
+    only = Reader(flight.follow())
+    source.receive(Batch([chunk(1)], final=True))
+    source.ended(None)
+    late = Reader(flight.follow()) if another else None
+    await only.reply.close()
+    await settled()
+    assert (source.finishes, outcome(source)) == (1, Outcome.COMPLETED)
+    assert late is None or late.ends == [None]
+
+
+async def test_what_fails_at_the_end_fails_for_all() -> None:
+    source = Scripted()
+
+    async def finished() -> None:
+        raise UpstreamCut("too late")
+
+    source.finished = finished  # type: ignore[method-assign]
+    flight = Flight(source.reply, Bounds(keep=10_000))
+    only = Reader(flight.follow())
+    source.receive(Batch([chunk(1)], final=True))
+    source.ended(None)
+    late = Reader(flight.follow())
+    with pytest.raises(UpstreamCut):
+        await only.flow.finished()
+    assert [type(end) for end in late.ends] == [UpstreamCut]
+    assert outcome(source) is Outcome.UPSTREAM_CUT
 
 
 async def test_what_breaks_the_reply_breaks_it_for_all_behind_what_came_before() -> None:
@@ -322,4 +374,4 @@ async def test_whatever_the_order_each_gets_all_in_order(steps: list[tuple[str, 
         else:
             reader.flow.resume()
             assert [batch.sse() for batch in reader.got] == everything
-            assert reader.ends == [error]
+            assert [repr(end) for end in reader.ends] == [repr(error)], "each has an object of its own"

@@ -25,9 +25,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("proxy.reply", "proxy.transport", "proxy.conformance.*"),
     (
         "proxy.sse", "proxy.pipeline", "proxy.routing", "proxy.chunks", "proxy.faults", "proxy.fold", "proxy.prompt",
-        "proxy.translation", "proxy.own_fields", "proxy.flight", "proxy.text_events",
+        "proxy.translation", "proxy.own_fields", "proxy.flight", "proxy.text_events", "proxy.estimate",
     ),
-    ("proxy.decoder",),
+    ("proxy.decoder", "proxy.question", "proxy.shared"),
     ("proxy.wire.*", "proxy.faces.*", "middleware.*", "proxy.source", "proxy.admission", "proxy.logs"),
     (
         "proxy.upstream.*", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.keepalive", "proxy.delivery", "proxy.http",

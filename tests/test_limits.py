@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from middleware.limits import Limited, Limits
-from middleware.limits.bounds import estimated_input, wanted_output
+from middleware.limits.bounds import wanted_output
 from middleware.limits.meters import Meters
 from middleware.limits.subjects import IDLE_SECONDS, Subjects
 from proxy.call import Call, Principal, Route
 from proxy.config import ConfigError
 from proxy.errors import Outcome, Refused, UpstreamError
+from proxy.estimate import estimated_input
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Handler, Surroundings
 from proxy.reply import Batch, Head, Reply, Trailer

@@ -20,7 +20,6 @@ import orjson
 from middleware.cache.asked import FASTEST, SLOWEST, Asked, Pace, Policy
 from middleware.cache.asked import Usage as UsageChoice
 from middleware.cache.entry import Entry
-from middleware.cache.key import cache_key
 from middleware.cache.recorder import Recorder
 from middleware.cache.replay import Later, Pauses, Replay, call_later, plan
 from middleware.cache.store import Found, MemoryStore, Store
@@ -28,6 +27,7 @@ from proxy.call import Call, altered
 from proxy.errors import Refused
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Answer, Endpoint, Handler, Query, Sample
+from proxy.question import Cacheable, question_key, scope_of
 from proxy.reply import Head, Reply, Trailer, tapped
 from proxy.units import Between, ByteSize, Seconds
 
@@ -104,16 +104,14 @@ class Cache:
     def admit(self, call: Call, own: OwnFields) -> Call:
         """Read `cache`, `replay` and Cache-Control. Raises Refused (400) with the path."""
         asked = self._policy.read(own)
-        return call if asked is None else altered(call, extensions={**call.extensions, Asked: asked})
+        return call if asked is None else altered(call, extensions={**call.extensions, Asked: asked, Cacheable: asked})
 
     async def __call__(self, call: Call, next: Handler) -> Reply:
         asked = call.extension(Asked)
         if asked is None:
             self._counts.bypass += 1
             return (await next(call)).with_head(cache="bypass")
-        # What a caller's own provider key paid for is that caller's alone, also in a shared cache.
-        shared = self._shared and not any(target.provider.callers_key for target in call.targets)
-        key = cache_key(call, asked.routing, None if shared else call.principal.scope)
+        key = question_key(call, asked.routing, scope_of(call, self._shared))
         if not asked.read:
             self._counts.bypass += 1
             return await self._recorded(call, next, asked, key, "bypass")

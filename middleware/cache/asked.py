@@ -10,33 +10,29 @@ The one rule: a request may narrow what the operator allows, never widen it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from proxy.own_fields import Field, OwnFields
+from proxy.question import Cacheable, directives, routing_of
 
 # Chunks per second, or one of the two words.
 Pace = Literal["instant", "recorded"] | float
 Usage = Literal["original", "zero"]
 
 SLOWEST, FASTEST = 0.1, 10_000.0
-# Fields that change who answers. They are read elsewhere; here they only tell questions apart.
-ROUTING = ("fallbacks", "models", "load_balancer")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(Cacheable):
     """What the cache does for one request. read: look for an entry first. ttl: of what is stored, in seconds.
 
-    pace: how a hit comes back. routing: the request's own words about who may answer, part of the key.
+    pace: how a hit comes back. routing: part of the key.
     """
 
-    read: bool
     ttl: float
     pace: Pace
     usage: Usage
-    routing: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +51,10 @@ class Policy:
         wanted = self._wanted(cache)
         details = cache if cache is not None and not isinstance(cache.value, bool) else None
         ttl, pace, usage = self._details(details, replay)
-        directives = _directives(own.headers.get("cache-control", ""))
-        if not wanted or "no-store" in directives:
+        words = directives(own.headers.get("cache-control", ""))
+        if not wanted or "no-store" in words:
             return None
-        routing = {name: found.value for name in ROUTING if (found := own.get(name)) is not None}
-        return Asked("no-cache" not in directives, ttl, pace, usage, routing)
+        return Asked("no-cache" not in words, routing_of(own), ttl, pace, usage)
 
     def _wanted(self, cache: Field | None) -> bool:
         if cache is None:
@@ -87,8 +82,3 @@ def _pace(replay: Field) -> Pace:
         rate = replay.get("chunks_per_second") or replay.refuse("must have chunks_per_second")
         return rate.number(SLOWEST, FASTEST)
     return "recorded" if replay.one_of(("instant", "recorded")) == "recorded" else "instant"
-
-
-def _directives(header: str) -> set[str]:
-    """The names in a Cache-Control header, in lower case (RFC 9111, 5.2)."""
-    return {part.partition("=")[0].strip().lower() for part in header.split(",")} if header else set()

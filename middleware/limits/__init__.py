@@ -15,11 +15,12 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from middleware.limits.bounds import Bounds, estimated_input, wanted_output
+from middleware.limits.bounds import Bounds, wanted_output
 from middleware.limits.lease import Lease, Limited, Share
 from middleware.limits.meters import Meters
 from middleware.limits.subjects import Subjects
 from proxy.call import Call
+from proxy.estimate import estimated_input
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Handler, Sample, Surroundings
 from proxy.reply import Reply, Trailer
@@ -152,7 +153,7 @@ class Limits:
 
 def _used(lease: Lease, reply: Reply, trailer: Trailer) -> int:
     """Tokens that a reply did cost: what the provider says, else about what went in and out (a chunk is about a token)."""
-    if reply.head.cache == "hit":
+    if reply.head.cache in ("hit", "joined"):
         return 0
     total = (trailer.usage or {}).get("total_tokens")
     if isinstance(total, int | float) and math.isfinite(total) and total >= 0:

@@ -1,7 +1,6 @@
-"""What one request may bring, and about how many tokens that is.
+"""What one request may bring, and how much it may get.
 
-Strategy: pure functions over the request's JSON. Tokens are estimated as a quarter of the characters: what the reply really cost
-is settled at its end, so the estimate only has to be of the right size.
+Strategy: pure functions over the request's JSON.
 The one rule: a value of a shape that nobody expects counts as nothing; what the provider makes of it is the provider's business.
 """
 
@@ -12,13 +11,10 @@ from typing import Any
 
 import orjson
 
+from proxy.estimate import INPUTS
 from proxy.own_fields import Field
 
 Json = dict[str, Any]
-CHARACTERS_PER_TOKEN = 4
-# An image, a sound or a file: about what providers count for an image of common size.
-PART_TOKENS = 1000
-INPUTS = ("messages", "prompt", "input")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +44,6 @@ class Bounds:
                 Field(None, name).refuse(f"must be at most {most} bytes of JSON")
 
 
-def estimated_input(request: Json) -> int:
-    """Tokens that go in, about: messages, prompt or input, and tools."""
-    characters = sum(_characters(request.get(name)) for name in INPUTS)
-    if request.get("tools"):
-        characters += len(orjson.dumps(request["tools"]))
-    return -(-characters // CHARACTERS_PER_TOKEN)
-
-
 def wanted_output(request: Json) -> int:
     """Tokens that may come out at most, where the request says so; 0 where it does not."""
     most = request.get("max_completion_tokens", request.get("max_tokens"))
@@ -63,22 +51,3 @@ def wanted_output(request: Json) -> int:
         return 0
     choices = request.get("n")
     return most * (choices if type(choices) is int and choices > 0 else 1)
-
-
-def _characters(value: object) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, list):
-        return sum(map(_entry, value))
-    return 0
-
-
-def _entry(entry: object) -> int:
-    """A message, a prompt, the number of a token, or a part of a message's content."""
-    if isinstance(entry, dict):
-        if "role" in entry:
-            calls = entry.get("tool_calls")
-            return _characters(entry.get("content")) + (len(orjson.dumps(calls)) if calls else 0)
-        text = entry.get("text")
-        return len(text) if isinstance(text, str) else PART_TOKENS * CHARACTERS_PER_TOKEN
-    return CHARACTERS_PER_TOKEN if isinstance(entry, int) else _characters(entry)

@@ -21,22 +21,31 @@ from middleware.metrics.samples import gather, page
 from middleware.metrics.series import Index, Series
 from proxy.call import Call, Provider, Target
 from proxy.errors import STATUSES, GatewayError, Outcome, why_cancelled
+from proxy.estimate import estimated_usage
 from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query, Surroundings
 from proxy.reply import Head, Reply, Trailer
 from proxy.units import Between
 
+Json = dict[str, Any]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Nobody outside was asked, so neither a provider's time nor its tokens.
 NOT_ASKED = frozenset({Outcome.REFUSED, Outcome.LIMITED, Outcome.BLOCKED})
 REPLAYED = frozenset({"hit", "joined"})
 
 
+class Used(NamedTuple):
+    """What a provider was used for. usage: as it said. estimate: where it said nothing, and something was streamed."""
+
+    usage: Json | None
+    estimate: Json | None
+
+
 class End(NamedTuple):
     """What is left to count of a reply that has ended: neither its call nor its error, which hold on to much.
 
     asked: was a provider? stream: did the client get one? seconds: until the end; first: until the head; share: the gateway's own
-    of these, None where not the first attempt answered. target: which answered, one of the call's targets as a rule. prices: of
-    the config that the call had.
+    of these, None where not the first attempt answered. used: None where nothing was, or where it is not known yet. target: which
+    answered, one of the call's targets as a rule. prices: of the config that the call had.
     """
 
     series: Series
@@ -47,7 +56,7 @@ class End(NamedTuple):
     share: float | None
     longest_gap: float
     stalls: int
-    usage: dict[str, Any] | None
+    used: Used | None
     target: str
     targets: Sequence[Target]
     prices: Prices
@@ -134,13 +143,36 @@ class Metrics:
         status = 200 if stream else trailer.error.status if trailer.error else STATUSES.get(outcome, 500)
         series = self._series(call, head.target, outcome, status, head.cache or "", answered=True)
         share = None if head.tries else first - head.upstream_seconds
+        used = None
+        if asked:
+            source = trailer.source or trailer
+            if source.outcome is None:
+                # Read on for others, or to its end; whoever asked for it is charged when it is over.
+                source.on_end(partial(self._outlived, series, head.target, call))
+            else:
+                used = _used(call, source)
         self._later.add(
             End(
                 series, asked, stream, self._clock() - started, first, share,
-                trailer.longest_gap, trailer.stalls, trailer.usage, head.target, call.targets,
+                trailer.longest_gap, trailer.stalls, used, head.target, call.targets,
                 self._prices,
             )
         )  # fmt: skip
+
+    def outlived(self, call: Call, reply: Reply) -> None:
+        """A reply is read on; its client, which left before the head, has been counted, but not what it uses."""
+        if reply.head.cache not in REPLAYED:
+            target = reply.head.target
+            series = self._series(call, target, Outcome.CLIENT_GONE, 499, "", answered=True)
+            source = reply.trailer.source or reply.trailer
+            source.on_end(partial(self._outlived, series, target, call))
+
+    def _outlived(self, series: Series, target: str, call: Call, source: Trailer) -> None:
+        _count_used(series, self._prices, target, call.targets, _used(call, source))
+
+
+def _used(call: Call, trailer: Trailer) -> Used:
+    return Used(trailer.usage, estimated_usage(call, trailer) if trailer.usage is None else None)
 
 
 def streamed(call: Call) -> bool:
@@ -157,17 +189,19 @@ def _settle(end: End) -> None:
         series.gap.observe(end.longest_gap)
         if end.stalls:
             series.stalls.inc(end.stalls)
-    if end.asked:
-        if end.stream:
-            series.first_chunk.observe(end.first)
-        _used(series, end)
+    if end.asked and end.stream:
+        series.first_chunk.observe(end.first)
+    if end.used is not None:
+        _count_used(series, end.prices, end.target, end.targets, end.used)
 
 
-def _used(series: Series, end: End) -> None:
-    """Tokens and cost of what a provider was really asked."""
-    usage = end.usage
+def _count_used(series: Series, prices: Prices, target: str, targets: Sequence[Target], used: Used) -> None:
+    """Tokens and cost of what a provider was really asked. targets: of the call, among them the one that answered."""
+    usage, estimate = used
     if usage is None:
         series.no_usage.inc()
+        if estimate is not None:
+            _count_estimate(series, prices, target, targets, estimate)
         return
     prompt, completion, cached, _ = tokens = counted(usage)
     reasoning = count(usage.get("completion_tokens_details"), "reasoning_tokens")
@@ -181,11 +215,20 @@ def _used(series: Series, end: End) -> None:
         series.reasoning.inc(reasoning)
     series.usage_input.observe(prompt)
     series.usage_output.observe(completion)
-    cost = end.prices.cost(end.target, tokens, _provider(end.targets, end.target))
+    cost = prices.cost(target, tokens, _provider(targets, target))
     if cost is None:
         series.no_price.inc()
     else:
         series.cost.inc(max(0.0, cost))
+
+
+def _count_estimate(series: Series, prices: Prices, target: str, targets: Sequence[Target], estimate: Json) -> None:
+    tokens = counted(estimate)
+    series.estimated_input.inc(tokens[0])
+    series.estimated_output.inc(tokens[1])
+    cost = prices.cost(target, tokens, _provider(targets, target))
+    if cost is not None:
+        series.estimated_cost.inc(max(0.0, cost))
 
 
 def _count(series: Series, seconds: float, asked: bool) -> None:

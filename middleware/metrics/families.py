@@ -55,6 +55,8 @@ TABLE: Mapping[str, Row] = {
     ),
     "tokens": Row("penstock_tokens_total", "Tokens that providers counted; cached and reasoning are parts.", (*ASKED, "type")),
     "cost": Row("penstock_cost_usd_total", "US dollars, by an offline price table.", ASKED),
+    "estimated": Row("penstock_tokens_estimated_total", "Tokens of streams whose provider told none, about.", (*ASKED, "type")),
+    "estimated_cost": Row("penstock_cost_usd_estimated_total", "US dollars, of tokens that were estimated.", ASKED),
     "unpriced": Row("penstock_unpriced_requests_total", "Replies without a cost: no price, or no usage.", ("target", "reason")),
     "stalls": Row("penstock_stalls_total", "Gaps of more than a second between two writes of a stream.", ("route", "target")),
     "gap": Row("penstock_longest_gap_seconds", "The longest gap between two writes of a stream.", ("route", "target"), GAP),
@@ -84,6 +86,7 @@ class Families(Collector):
         figures = {key: Tallies(Figure) for key, row in TABLE.items() if not row.buckets}
         histograms = {key: Tallies(partial(Histogram, row.buckets)) for key, row in TABLE.items() if row.buckets}
         self.requests, self.tokens, self.cost = figures["requests"], figures["tokens"], figures["cost"]
+        self.estimated, self.estimated_cost = figures["estimated"], figures["estimated_cost"]
         self.unpriced, self.stalls = figures["unpriced"], figures["stalls"]
         self.gap, self.request, self.overhead = histograms["gap"], histograms["request"], histograms["overhead"]
         self.duration, self.first_chunk, self.usage = histograms["duration"], histograms["first_chunk"], histograms["usage"]

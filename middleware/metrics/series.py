@@ -96,6 +96,18 @@ class Series:
         return self._families.cost(*self._who)
 
     @cached_property
+    def estimated_input(self) -> Figure:
+        return self._families.estimated(*self._who, "input")
+
+    @cached_property
+    def estimated_output(self) -> Figure:
+        return self._families.estimated(*self._who, "output")
+
+    @cached_property
+    def estimated_cost(self) -> Figure:
+        return self._families.estimated_cost(*self._who)
+
+    @cached_property
     def no_usage(self) -> Figure:
         return self._families.unpriced(self._target, "no_usage")
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from middleware.cache import Cache
 from middleware.cache.asked import Asked
-from middleware.cache.key import cache_key
 from proxy.admission import GATEWAY_FIELDS, Defaults, Readers, admit
 from proxy.call import Call, Options, Principal
+from proxy.question import Keyed, question_key, scope_of
 from proxy.routing import Directory
 from tests.support.decoding import make_call, make_target
 
@@ -36,7 +36,7 @@ DIRECTORY = Directory({"openai": PROVIDER}, {}, "openai", 0)
 
 
 def key(request: Json, scope: str | None = "s", routing: Json | None = None, **fields: Any) -> str:
-    return cache_key(make_call(request, **fields), routing or {}, scope)
+    return question_key(make_call(request, **fields), routing or {}, scope)
 
 
 def shuffled(value: Any, dice: random.Random) -> Any:
@@ -117,7 +117,7 @@ def test_null_is_not_absence() -> None:
 )
 def test_kind_model_and_strictness_are_part_of_it(other: Json) -> None:
     call = make_call()
-    assert cache_key(replace(call, **other), {}, "s") != cache_key(call, {}, "s")
+    assert question_key(replace(call, **other), {}, "s") != question_key(call, {}, "s")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_kind_model_and_strictness_are_part_of_it(other: Json) -> None:
 def test_who_asks_when_and_how_is_not(other: Json) -> None:
     """The scope is handed in; a principal's other facts make no difference."""
     call = make_call()
-    assert cache_key(replace(call, **other), {}, "s") == cache_key(call, {}, "s")
+    assert question_key(replace(call, **other), {}, "s") == question_key(call, {}, "s")
 
 
 def test_the_key_shows_nothing_of_the_question() -> None:
@@ -157,7 +157,7 @@ def admitted(fields: Json) -> str:
     call: Call = admit(body, "chat", {}, DIRECTORY, Defaults(), "req_1", Principal(), Readers.of([layer]))
     asked = call.extension(Asked)
     assert asked is not None
-    return cache_key(call, asked.routing, "")
+    return question_key(call, asked.routing, "")
 
 
 ROUTINGS: list[Json] = [
@@ -196,3 +196,30 @@ def test_where_it_stands_is_not(fields: Json, place: Callable[[Json], Json]) -> 
 )
 def test_tracking_timeouts_retries_and_the_cache_itself_are_not(fields: Json) -> None:
     assert admitted(fields) == admitted({})
+
+
+# --- whose answer it is, and keys that are known
+
+
+@pytest.mark.parametrize(("shared", "callers_key", "expected"), [(False, False, "s"), (True, False, None), (True, True, "s")])
+def test_what_a_callers_own_provider_key_paid_for_is_never_shared(shared: bool, callers_key: bool, expected: str | None) -> None:
+    target = make_target("openai", callers_key=callers_key)
+    assert scope_of(make_call({}, targets=(target,), principal=Principal(scope="s")), shared) == expected
+
+
+def test_a_known_key_holds_for_the_same_call_alone() -> None:
+    """Whoever alters the question on its way in gets a key of its own."""
+    call = make_call({"seed": 1})
+    known = replace(call, extensions={Keyed: Keyed(call, {}, "s", "the key")})
+    assert question_key(known, {}, "s") == "the key"
+    assert question_key(replace(known, name="x", stream=True), {}, "s") == "the key"
+    others = [
+        question_key(replace(known, request={"seed": 2}), {}, "s"),
+        question_key(replace(known, model="other"), {}, "s"),
+        question_key(replace(known, kind="completions"), {}, "s"),
+        question_key(replace(known, options=Options(strict_params=True)), {}, "s"),
+        question_key(known, {}, None),
+        question_key(known, {"models": ["a/b"]}, "s"),
+    ]
+    assert "the key" not in others
+    assert len(set(others)) == 6
