@@ -14,6 +14,7 @@ from middleware.auth import Auth
 from middleware.bounds import Bounds
 from middleware.cache import Cache
 from middleware.coalesce import Coalesce
+from middleware.continuation import Continuation
 from middleware.disconnect import Disconnect
 from middleware.fallback import Fallback
 from middleware.limits import Limits
@@ -31,6 +32,7 @@ TABLE: Mapping[str, Callable[..., Middleware]] = {
     "cache": Cache,
     "coalesce": Coalesce,
     "disconnect": Disconnect,
+    "continuation": Continuation,
     "fallback": Fallback,
     "limits": Limits,
     "metrics": Metrics,

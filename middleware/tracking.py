@@ -116,6 +116,10 @@ class Tracking:
         line["first_chunk_ms"] = _ms(first)
         if streamed:
             line["longest_gap_ms"] = _ms(trailer.longest_gap)
+        if trailer.switches:
+            line["switches"] = [
+                {"from": one.source, "to": one.target, "reason": one.reason, "at": one.at} for one in trailer.switches
+            ]
         line["finish_reasons"] = list(trailer.finish_reasons.values())
         source = trailer.source or trailer
         if source.outcome is None and head.cache != "joined":

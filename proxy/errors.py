@@ -21,6 +21,7 @@ class Outcome(StrEnum):
 
     COMPLETED = "completed"
     TRUNCATED = "truncated"
+    CONTINUED = "continued"
     CLIENT_GONE = "client_gone"
     UPSTREAM_ERROR = "upstream_error"
     UPSTREAM_CUT = "upstream_cut"
@@ -38,10 +39,14 @@ class Outcome(StrEnum):
     GATEWAY_ERROR = "gateway_error"
 
 
+# The client got a whole answer, from one provider or over a seam from several.
+SUCCESSES = frozenset({Outcome.COMPLETED, Outcome.CONTINUED})
+
 # The status that logs and metrics give an end that has no error of its own; 499 is nginx's word for a client that left.
 STATUSES = {
     Outcome.COMPLETED: 200,
     Outcome.TRUNCATED: 200,
+    Outcome.CONTINUED: 200,
     Outcome.CLIENT_GONE: 499,
     Outcome.DRAINING: 503,
     Outcome.TIMEOUT_TOTAL: 504,

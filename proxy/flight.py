@@ -429,8 +429,9 @@ class Follower:
         return batch
 
     def _fill(self) -> None:
-        inner = self._flight.reply.trailer
-        self.trailer.usage, self.trailer.finish_reasons, self.trailer.chunks = inner.usage, inner.finish_reasons, inner.chunks
+        inner, own = self._flight.reply.trailer, self.trailer
+        own.usage, own.finish_reasons, own.chunks = inner.usage, inner.finish_reasons, inner.chunks
+        own.switches, own.clean_end = inner.switches, inner.clean_end
 
     def _over(self) -> bool:
         return self._dropped is not None or (self._flight.over and self._flight.batch(self.place) is None)

@@ -7,10 +7,10 @@ The one rule: fold(unfold(x)) is x; nothing is lost on the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-from proxy.reply import LISTS, Chunk, Completion, Usage
+from proxy.reply import LISTS, Batch, Chunk, Completion, Reply, Usage
 
 Json = dict[str, Any]
 
@@ -154,3 +154,11 @@ def unfold(completion: Completion) -> tuple[list[Chunk], list[Chunk], Usage | No
         last["native_finish_reason"] = choice.get("native_finish_reason")
         finish.append({**head, "choices": [last]})
     return content, finish, usage
+
+
+async def unfolded(reply: Reply) -> AsyncIterator[Batch]:
+    """The chunks of a whole reply, as a stream has them."""
+    async for batch in reply.chunks:
+        content, finish, reply.trailer.usage = unfold(batch.chunks[0])
+        yield Batch(content)
+        yield Batch(finish, final=True)

@@ -12,7 +12,7 @@ A slow client slows the upstream: while it is behind, nothing is read for it. On
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -22,7 +22,7 @@ from proxy.call import Call
 from proxy.delivery import Delivery, Response
 from proxy.errors import GatewayError, Outcome, UpstreamTimeout
 from proxy.faces import Face
-from proxy.fold import fold, unfold
+from proxy.fold import fold, unfolded
 from proxy.http import STREAM_HEADERS
 from proxy.keepalive import COMMENT, COMMENT_AMONG_IDS, KeepAlive, told_late
 from proxy.reply import Batch, Completion, Flow, Reply, Sent, flow_of
@@ -109,7 +109,7 @@ class Relay:
         self._delivery.whole(Response(status, orjson.dumps(body), {**headers, "Content-Type": "application/json"}))
         if self._delivery.congested:
             await self._drained()
-        self._end(self._reply.trailer.clean_end)
+        self._completed()
 
     async def _completion(self) -> Completion:
         """The whole reply; folded where the upstream streamed it."""
@@ -140,7 +140,7 @@ class Relay:
             delivery.end(self._face.last(self._held, self._reply.trailer, self._call.options))
             if delivery.congested:
                 await self._drained()
-            self._end(self._reply.trailer.clean_end)
+            self._completed()
         except GatewayError as error:
             self._fail(self._interruption or error)
         except ConnectionError:
@@ -193,7 +193,7 @@ class Relay:
 
     async def _pulled(self) -> None:
         """Relay all batches but the final one, which is held when the iterator has run to its end."""
-        async for batch in _unfolded(self._reply) if self._reply.whole else self._reply.chunks:
+        async for batch in unfolded(self._reply) if self._reply.whole else self._reply.chunks:
             if self._write(batch):
                 await self._drained()
 
@@ -257,6 +257,12 @@ class Relay:
             number = None if sent.number is None else sent.number + len(sent.chunks)
             self._delivery.end(self._face.failure(error, self._call, sent.chunks[-1], number))
 
+    def _completed(self) -> None:
+        """The client has all of it; over a seam, if text of several targets was put together."""
+        trailer = self._reply.trailer
+        joined = trailer.clean_end is Outcome.COMPLETED and any(switch.at for switch in trailer.switches)
+        self._end(Outcome.CONTINUED if joined else trailer.clean_end)
+
     def _end(self, outcome: Outcome, error: GatewayError | None = None) -> None:
         self._reply.trailer.end(outcome, error)
 
@@ -269,11 +275,3 @@ def too_late(status: int, body: Json) -> GatewayError:
         return GatewayError(found["message"], status=status, type=kind, code=code)
     message = f"The answer has status {status}, which can no longer be told: keepalive_after had begun a stream."
     return GatewayError(message, code="answer_too_late")
-
-
-async def _unfolded(reply: Reply) -> AsyncIterator[Batch]:
-    """A whole reply as the chunks of a stream."""
-    async for batch in reply.chunks:
-        content, finish, reply.trailer.usage = unfold(batch.chunks[0])
-        yield Batch(content)
-        yield Batch(finish, final=True)

@@ -44,20 +44,23 @@ class Batch:
     `Run`): most of a stream's chunks are never looked at by anyone, and then need not be decoded.
     final: it holds the finish chunks, and nothing follows it; the relay writes it together with usage and `[DONE]`.
     number: the `id:` of its first event, where the events of a stream are numbered (1, 2, 3…, so that a client can go on).
+    comment: an SSE comment with its blank line (`: text`), which streams have before these events; it is in no event, so what is
+    made of the chunks or of `sse` has none.
     """
 
-    __slots__ = ("_chunks", "_sse", "final", "items", "number")
+    __slots__ = ("_chunks", "_sse", "comment", "final", "items", "number")
 
-    def __init__(self, items: Sequence[Item], *, final: bool = False, number: int | None = None) -> None:
+    def __init__(self, items: Sequence[Item], *, final: bool = False, number: int | None = None, comment: bytes = b"") -> None:
         self.items = items
         self.final = final
         self.number = number
+        self.comment = comment
         self._chunks: list[Chunk] | None = None
         self._sse: bytes | None = None
 
     def numbered(self, number: int) -> Batch:
         """The same batch, its events numbered from `number` on."""
-        return Batch(self.items, final=self.final, number=number)
+        return Batch(self.items, final=self.final, number=number, comment=self.comment)
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -281,6 +284,19 @@ class Try:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A reply that broke and went on from another target. source, target: `provider/model`, before and after. reason: the outcome
+    that the break would have been. at: characters of text that stood before the seam; 0 where there were none and the reply was
+    begun anew, of which the client saw nothing.
+    """
+
+    source: str
+    target: str
+    reason: str
+    at: int
+
+
 @dataclass(frozen=True)
 class Head:
     """What is known before the first chunk goes out.
@@ -318,12 +334,13 @@ class Trailer:
     between two writes to the client, or from the last one to the end; stalls: how many of these gaps were over a second.
     clean_end: what a clean end is called where it is not the upstream's own, but one that the gateway makes on purpose. sent:
     known at the end of a stream that told no usage. source: where the reply is one client's part of another that may outlive it
-    (a flight), the trailer of that: its usage is what was used, and it may be known later.
+    (a flight), the trailer of that: its usage is what was used, and it may be known later. switches: to other targets after the
+    head was out, in order.
     """
 
     __slots__ = (
         "_callbacks", "_resources", "chunks", "clean_end", "error", "finish_reasons", "longest_gap", "outcome", "sent", "source",
-        "stalls", "usage",
+        "stalls", "switches", "usage",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -335,6 +352,7 @@ class Trailer:
         self.clean_end = Outcome.COMPLETED
         self.sent: Sent | None = None
         self.source: Trailer | None = None
+        self.switches: tuple[Switch, ...] = ()
         self.outcome: Outcome | None = None
         self.error: GatewayError | None = None
         self._callbacks: list[Callable[[Trailer], None]] = []

@@ -44,6 +44,7 @@ class Replayed(Batch):
         self._chunks = None
         self.final = final
         self.number = None
+        self.comment = b""
 
     def __getattr__(self, name: str) -> Any:
         # Only asked for a slot that is still empty: `items` is filled by the first who wants it.

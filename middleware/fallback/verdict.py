@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
-from proxy.errors import GatewayError, Malformed, Outcome, Unconfigured, UpstreamCut, UpstreamError, UpstreamTimeout
+from proxy.errors import SUCCESSES, GatewayError, Malformed, Outcome, Unconfigured, UpstreamCut, UpstreamError, UpstreamTimeout
 
 Cause = Literal["context_window", "content_filter"]
 
@@ -88,7 +88,7 @@ def speaks_against(error: GatewayError, seconds: float, *, callers_key: bool = F
 
 def ended(outcome: Outcome | None, error: GatewayError | None) -> bool | None:
     """The same for a reply that had begun: completed is a success, an upstream's failure is one, all else says nothing."""
-    if outcome is Outcome.COMPLETED:
+    if outcome in SUCCESSES:
         return False
     if outcome not in FAILURES:
         return None

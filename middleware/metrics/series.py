@@ -14,7 +14,7 @@ from middleware.metrics.families import Families
 from middleware.metrics.labels import DIRECT, OTHER, Labels
 from middleware.metrics.tallies import Figure, Histogram
 from proxy.call import Call, Kind
-from proxy.errors import Outcome
+from proxy.errors import SUCCESSES, Outcome
 
 KEPT = 4096  # of about half a KiB each; the tallies themselves stay when these are forgotten
 # OpenTelemetry's words for what was asked.
@@ -60,7 +60,7 @@ class Series:
 
     @cached_property
     def duration(self) -> Histogram:
-        error_type = "" if self._outcome is Outcome.COMPLETED else self._outcome.value
+        error_type = "" if self._outcome in SUCCESSES else self._outcome.value
         return self._families.duration(*self._operation, error_type)
 
     @cached_property

@@ -83,8 +83,9 @@ class Smoothed:
             await self._flow.finished()
 
     def _take(self, batch: Batch) -> None:
-        """A batch has come. Numbered ones have their numbers written down elsewhere, so they pass as they are."""
-        if batch.final or batch.number is not None:
+        """A batch has come. Numbered ones have their numbers written down elsewhere, and a comment stands before its own events:
+        these pass as they are."""
+        if batch.final or batch.number is not None or batch.comment:
             self._let_all_out()
             self._hand_on(batch)
             return

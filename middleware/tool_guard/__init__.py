@@ -170,7 +170,7 @@ class Guard:
         """A whole reply: the same rules; its calls have no numbers."""
         completion = batch.chunks[0]
         seen = self._marked(completion, [self._whole_choice(choice) for choice in completion["choices"]])
-        return batch if seen is completion else Batch([seen], final=batch.final, number=batch.number)
+        return batch if seen is completion else Batch([seen], final=batch.final, number=batch.number, comment=batch.comment)
 
     def _whole_choice(self, choice: Json) -> Json:
         message = choice["message"]

@@ -31,12 +31,18 @@ def check(body: Json) -> None:
             raise Refused(f"{path}: must be an object with a role.", code="invalid_value", param=path)
 
 
-events = Batch.sse  # they leave as they are
+def events(batch: Batch) -> bytes:
+    return batch.sse() if not batch.comment else commented(batch, batch.sse())
+
+
+def commented(batch: Batch, events: bytes) -> bytes:
+    """The batch's comment, then its events. Behind an `id:` a blank line would be taken for an event without data."""
+    return (batch.comment if batch.number is None else batch.comment[:-1]) + events
 
 
 def last(batch: Batch, trailer: Trailer, options: Options) -> bytes:
     """The end of a stream: finish chunks, usage where the client asked for it, `[DONE]`."""
-    return ending(batch.items, trailer, options, batch.number)
+    return commented(batch, ending(batch.items, trailer, options, batch.number))
 
 
 def ending(chunks: Sequence[Item], trailer: Trailer, options: Options, number: int | None = None) -> bytes:

@@ -28,11 +28,11 @@ def check(body: Json) -> None:
 
 
 def events(batch: Batch) -> bytes:
-    return sse_events([_text_chunk(chunk) for chunk in batch.chunks], batch.number)
+    return chat.commented(batch, sse_events([_text_chunk(chunk) for chunk in batch.chunks], batch.number))
 
 
 def last(batch: Batch, trailer: Trailer, options: Options) -> bytes:
-    return chat.ending([_text_chunk(chunk) for chunk in batch.chunks], trailer, options, batch.number)
+    return chat.commented(batch, chat.ending([_text_chunk(chunk) for chunk in batch.chunks], trailer, options, batch.number))
 
 
 def failure(error: GatewayError, call: Call, sent: Chunk | None, number: int | None = None) -> bytes:
