@@ -19,6 +19,7 @@ from middleware.disconnect import Disconnect
 from middleware.fallback import Fallback
 from middleware.limits import Limits
 from middleware.metrics import Metrics
+from middleware.resume import Resume
 from middleware.retry import Retry
 from middleware.smooth import Smooth
 from middleware.timeout import Timeout
@@ -36,6 +37,7 @@ TABLE: Mapping[str, Callable[..., Middleware]] = {
     "fallback": Fallback,
     "limits": Limits,
     "metrics": Metrics,
+    "resume": Resume,
     "retry": Retry,
     "smooth": Smooth,
     "tracking": Tracking,

@@ -134,6 +134,8 @@ def head_headers(call: Call, head: Head, seconds: float) -> dict[str, str]:
         "X-Penstock-Attempts": str(1 + len(head.tries)),
         "Server-Timing": f"upstream;dur={upstream * 1000:.1f}, gateway;dur={max(0.0, seconds - upstream) * 1000:.1f}",
     }
+    if not head.target:
+        del found["X-Penstock-Target"]  # a middleware answers before any target was asked
     if head.cache is not None:
         found["X-Cache"] = head.cache
         if head.age is not None:

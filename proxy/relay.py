@@ -250,12 +250,8 @@ class Relay:
         """The error chunk instead of an end; the connection is closed behind it."""
         self._end(error.outcome, error)
         self._delivery.close = True
-        sent = self._sent
-        if sent is None:
-            self._delivery.end(self._face.failure(error, self._call, None))
-        else:
-            number = None if sent.number is None else sent.number + len(sent.chunks)
-            self._delivery.end(self._face.failure(error, self._call, sent.chunks[-1], number))
+        sent = None if self._sent is None else self._sent.chunks[-1]
+        self._delivery.end(self._face.failure(error, self._call, sent, self._reply.trailer.number))
 
     def _completed(self) -> None:
         """The client has all of it; over a seam, if text of several targets was put together."""

@@ -25,6 +25,7 @@ log = logging.getLogger("penstock")
 
 Json = dict[str, Any]
 Chunk = Json
+_new, _set = object.__new__, object.__setattr__
 Item = Chunk | bytes
 Completion = Json
 Usage = Json
@@ -41,7 +42,8 @@ class Batch:
     """The chunks of one upstream read.
 
     items: chunks, or chunks that are already encoded as complete events (`data: {json}` and a blank line, as bytes; several in a
-    `Run`): most of a stream's chunks are never looked at by anyone, and then need not be decoded.
+    `Run`): most of a stream's chunks are never looked at by anyone, and then need not be decoded. In a numbered batch such a
+    single event begins with its `id:` line.
     final: it holds the finish chunks, and nothing follows it; the relay writes it together with usage and `[DONE]`.
     number: the `id:` of its first event, where the events of a stream are numbered (1, 2, 3…, so that a client can go on).
     comment: an SSE comment with its blank line (`: text`), which streams have before these events; it is in no event, so what is
@@ -59,8 +61,24 @@ class Batch:
         self._sse: bytes | None = None
 
     def numbered(self, number: int) -> Batch:
-        """The same batch, its events numbered from `number` on."""
-        return Batch(self.items, final=self.final, number=number, comment=self.comment)
+        """The same batch, its events numbered from `number` on.
+
+        One encoded event, which most batches of a paced stream are, has its short way: 0.35 us instead of 1, and it is kept once,
+        with its number (390 bytes instead of 620, where it has 190): fresh memory costs a paced stream as much as the code.
+        """
+        twin = _new(Batch)
+        items = self.items
+        if len(items) == 1 and type(items[0]) is bytes and not self.final:
+            twin._sse = sse = b"id: %d\n%b" % (number, items[0])
+            twin.items = (sse,)
+        else:
+            twin._sse = None
+            twin.items = items
+        twin.final = self.final
+        twin.number = number
+        twin.comment = self.comment
+        twin._chunks = self._chunks
+        return twin
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -81,7 +99,7 @@ class Batch:
 
 def _decoded(item: Item) -> list[Chunk]:
     if type(item) is bytes:
-        return [orjson.loads(item[6:-2])]
+        return [orjson.loads(item[item.index(b"data: ") + 6 : -2])]
     if isinstance(item, Run):
         return [orjson.loads(event[6:]) for event in single_events(item)]
     return [item]  # type: ignore[list-item]
@@ -335,12 +353,13 @@ class Trailer:
     clean_end: what a clean end is called where it is not the upstream's own, but one that the gateway makes on purpose. sent:
     known at the end of a stream that told no usage. source: where the reply is one client's part of another that may outlive it
     (a flight), the trailer of that: its usage is what was used, and it may be known later. switches: to other targets after the
-    head was out, in order.
+    head was out, in order. number: the `id:` of the error chunk, where events are numbered and the error is the stream's own end;
+    an error that only concerns one reader's connection has none, so that the reader can go on behind the last event it has.
     """
 
     __slots__ = (
-        "_callbacks", "_resources", "chunks", "clean_end", "error", "finish_reasons", "longest_gap", "outcome", "sent", "source",
-        "stalls", "switches", "usage",
+        "_callbacks", "_resources", "chunks", "clean_end", "error", "finish_reasons", "longest_gap", "number", "outcome", "sent",
+        "source", "stalls", "switches", "usage",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -353,6 +372,7 @@ class Trailer:
         self.sent: Sent | None = None
         self.source: Trailer | None = None
         self.switches: tuple[Switch, ...] = ()
+        self.number: int | None = None
         self.outcome: Outcome | None = None
         self.error: GatewayError | None = None
         self._callbacks: list[Callable[[Trailer], None]] = []
@@ -398,9 +418,6 @@ class Trailer:
             except Exception:
                 log.exception("A callback at the end of a reply failed.")
         self._callbacks.clear()
-
-
-_new, _set = object.__new__, object.__setattr__
 
 
 @dataclass(frozen=True)

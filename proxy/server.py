@@ -19,7 +19,7 @@ import orjson
 import structlog
 
 from proxy.admission import ANYBODY, Defaults, Readers, admit, parse_json, request_id
-from proxy.call import Call, Principal
+from proxy.call import Call, Principal, altered
 from proxy.delivery import Response
 from proxy.errors import Draining, GatewayError, Outcome, Overloaded, Refused, UpstreamTimeout, why_cancelled
 from proxy.faces import FACES, Face
@@ -190,13 +190,13 @@ class Edge:
             return self._health(path)
         self._check_host(headers.get("host", ""), generation.settings.loopback_only)
         if point := self._signed(generation, request):
-            return await self._serve(generation, point, request, headers, ANYBODY)
+            return await self._serve(generation, point, request, headers, ANYBODY, identity)
         principal = generation.authenticate(headers) if generation.authenticate is not None else ANYBODY
         if face := ENDPOINTS.get(path):
             allow(request, "POST")
             return await self._call(generation, request, headers, identity, face, principal)
         if point := self.point(path, request.method, generation):
-            return await self._serve(generation, point, request, headers, principal)
+            return await self._serve(generation, point, request, headers, principal, identity)
         for models in MODELS:
             if path == models or path.startswith(models + "/"):
                 allow(request, "GET")
@@ -222,7 +222,7 @@ class Edge:
             allow(request, "GET", "HEAD")
             return self._health(request.path)
         if point := self.point(request.path, request.method, generation):
-            return await self._serve(generation, point, request, request.headers, OPERATOR)
+            return await self._serve(generation, point, request, request.headers, OPERATOR, request_id(request.headers))
         raise Refused(f"There is nothing at {request.path[:200]} on the admin address.", status=404, code="unknown_path")
 
     def point(self, path: str, method: str = "GET", generation: Generation | None = None) -> Endpoint | None:
@@ -242,7 +242,13 @@ class Edge:
         return point if point.signed and "token" in request.query else None
 
     async def _serve(
-        self, generation: Generation, point: Endpoint, request: Request, headers: Mapping[str, str], principal: Principal
+        self,
+        generation: Generation,
+        point: Endpoint,
+        request: Request,
+        headers: Mapping[str, str],
+        principal: Principal,
+        identity: str,
     ) -> Response | None:
         """An endpoint of a middleware. Where nobody authenticates, everybody on the loopback port may use it."""
         allow(request, point.method, *(("HEAD",) if point.method == "GET" else ()))
@@ -258,7 +264,8 @@ class Edge:
             answer = await self._unless_ended(self._ask(point, query))
             if not isinstance(answer, Streamed):
                 return _answered(answer)
-            await self._relayed(generation, request, answer.call, answer.reply, FACES_BY_KIND[answer.call.kind], 0.0)
+            call = altered(answer.call, id=identity)
+            await self._relayed(generation, request, call, answer.reply, FACES_BY_KIND[call.kind], 0.0)
             return None
         finally:
             self._leave(task)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import GatewayError, Outcome, UpstreamCut
-from proxy.flight import Bounds, Flight, TooFarBehind
+from proxy.flight import GROWTH, Bounds, Flight, TooFarBehind
 from proxy.reply import Batch, Ended, Head, Receive, Reply, Run, Trailer, flow_of
 
 
@@ -339,6 +339,52 @@ class TestNumbers:
         assert flight.follow() is None
         assert flight.follow(after=3) is None
         assert flight.follow(after=50) is not None
+
+
+class TestKept:
+    """What is kept, what is told of it, and what the reply's own trailer says, which nobody writes out."""
+
+    async def test_less_is_kept_from_now_on_but_for_what_a_follower_needs(self) -> None:
+        source = Scripted()
+        flight = Flight(source.reply, Bounds(keep=10_000))
+        slow = Reader(flight.follow())
+        slow.flow.pause()
+        for number in range(20):
+            source.receive(Batch([chunk(number)]))
+        flight.keep(100)
+        assert flight.joinable
+        slow.flow.resume()
+        assert len(slow.got) == 20
+        assert 0 < flight.size <= 100
+
+    async def test_growth_is_told_before_it_is_more_than_the_step(self) -> None:
+        source, sizes = Scripted(), [0]
+        flight = Flight(source.reply, Bounds(keep=10**6), grown=lambda flight: sizes.append(flight.size))
+        for number in range(200):
+            source.receive(Batch([chunk(number)]))
+            assert flight.size <= sizes[-1] + GROWTH
+        assert 3 <= len(sizes) <= 10
+
+    async def test_gaps_are_those_between_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = 0.0
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+        source = Scripted()
+        Flight(source.reply, Bounds())
+        for then in (0.5, 2.5, 2.6):
+            now = then
+            source.receive(Batch([chunk(1)]))
+        now = 4.0
+        source.ended(UpstreamCut("cut"))
+        assert (source.reply.trailer.longest_gap, source.reply.trailer.stalls) == (2.0, 2)
+
+    async def test_the_number_of_the_error_chunk_is_the_streams_only_where_the_error_is(self) -> None:
+        source = Scripted()
+        flight = Flight(source.reply, Bounds(keep=10_000), numbered=True)
+        stays, goes = Reader(flight.follow()), Reader(flight.follow())
+        source.receive(Batch([chunk(1)]))
+        await goes.reply.close()
+        source.ended(UpstreamCut("cut"))
+        assert (stays.reply.trailer.number, goes.reply.trailer.number) == (2, None)
 
 
 @given(
