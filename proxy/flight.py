@@ -352,15 +352,17 @@ class Flight:
         """Where a follower begins who has the events up to `after`, and how many events of that batch it has."""
         if after <= 0 or not self._numbered:
             return (0 if self._base == 0 else None), 0
-        if after >= self.number:
+        if after >= self.number and not (self._kept and self._kept[-1].final):
             return self._base + len(self._kept), 0
         for place, batch in enumerate(self._kept, self._base):
             first = batch.number or 0
             if after < first:
                 # All before it were let go of; it must follow on what the reader has.
                 return (place if after == first - 1 else None), 0
-            if after < first + _events(batch):
-                return (place, after - first + 1) if not _all(batch, after) else (place + 1, 0)
+            if batch.final or after < first + _events(batch) - 1:
+                return place, after - first + 1
+            if after == first + _events(batch) - 1:
+                return place + 1, 0
         return self._base + len(self._kept), 0
 
 
@@ -541,14 +543,10 @@ def _events(batch: Batch) -> int:
     return sum(item.count(b"\n\n") if isinstance(item, Run) else 1 for item in batch.items)
 
 
-def _all(batch: Batch, after: int) -> bool:
-    """Has a reader who has the events up to `after` all of this batch? Never all of the final one, behind whose chunks the end
-    of the stream stands."""
-    return not batch.final and after >= (batch.number or 0) + _events(batch) - 1
-
-
 def _without(batch: Batch, skip: int) -> Batch:
-    """A batch without its first events; of the final one at least the last stays, because usage and the end go with it."""
-    chunks = batch.chunks
-    skip = min(skip, len(chunks) - 1) if batch.final else skip
-    return Batch(chunks[skip:], final=batch.final, number=None if batch.number is None else batch.number + skip)
+    """A batch without its first events. What stands behind the final one's, usage and the end, is made of them, later."""
+    if batch.final:
+        rest = Batch(batch.items, final=True, number=batch.number)
+        rest.seen = skip
+        return rest
+    return Batch(batch.chunks[skip:], number=None if batch.number is None else batch.number + skip)

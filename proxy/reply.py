@@ -48,15 +48,17 @@ class Batch:
     number: the `id:` of its first event, where the events of a stream are numbered (1, 2, 3…, so that a client can go on).
     comment: an SSE comment with its blank line (`: text`), which streams have before these events; it is in no event, so what is
     made of the chunks or of `sse` has none.
+    seen: how many events of a final batch, usage and `[DONE]` counted, the reader has already.
     """
 
-    __slots__ = ("_chunks", "_sse", "comment", "final", "items", "number")
+    __slots__ = ("_chunks", "_sse", "comment", "final", "items", "number", "seen")
 
     def __init__(self, items: Sequence[Item], *, final: bool = False, number: int | None = None, comment: bytes = b"") -> None:
         self.items = items
         self.final = final
         self.number = number
         self.comment = comment
+        self.seen = 0
         self._chunks: list[Chunk] | None = None
         self._sse: bytes | None = None
 
@@ -77,6 +79,7 @@ class Batch:
         twin.final = self.final
         twin.number = number
         twin.comment = self.comment
+        twin.seen = self.seen
         twin._chunks = self._chunks
         return twin
 
@@ -93,7 +96,7 @@ class Batch:
             items = self.items
             # A paced stream's batch: one event, encoded already.
             alone = len(items) == 1 and self.number is None and isinstance(items[0], bytes)
-            self._sse = items[0] if alone else sse_events(items, self.number)  # type: ignore[assignment]
+            self._sse = items[0] if alone else sse_events(items, self.number, self.seen)  # type: ignore[assignment]
         return self._sse  # type: ignore[return-value]
 
 
@@ -105,10 +108,10 @@ def _decoded(item: Item) -> list[Chunk]:
     return [item]  # type: ignore[list-item]
 
 
-def sse_events(items: Iterable[Item], number: int | None = None) -> bytes:
+def sse_events(items: Iterable[Item], number: int | None = None, seen: int = 0) -> bytes:
     """`data: {json}`, blank line, for each chunk (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 
-    number: of the first event; the others count on from there.
+    number: of the first event; the others count on from there. seen: how many of these are left out.
     """
     dumps = orjson.dumps
     events = [item if isinstance(item, bytes) else b"data: %b\n\n" % dumps(item) for item in items]
@@ -116,7 +119,7 @@ def sse_events(items: Iterable[Item], number: int | None = None) -> bytes:
         return b"".join(events)
     if any(type(event) is Run for event in events):
         events = [single for event in events for single in single_events(event)]
-    return b"".join([b"id: %d\n%b" % numbered for numbered in enumerate(events, number)])
+    return b"".join([b"id: %d\n%b" % numbered for numbered in enumerate(events[seen:], number + seen)])
 
 
 def single_events(events: bytes) -> list[bytes]:

@@ -325,10 +325,11 @@ class TestNumbers:
         text, all_of_it = Reader(flight.follow(after=has)).text, Reader(flight.follow()).text
         assert text == b"".join(b"id: " + event for event in all_of_it.split(b"id: ")[1:][has:])
 
-    async def test_the_last_event_is_repeated_rather_than_the_end_lost(self) -> None:
-        """Usage and [DONE] stand behind it, in the same write."""
+    async def test_who_has_all_events_still_gets_the_batch_behind_which_the_end_stands(self) -> None:
+        """Usage and [DONE] are made of it; none of it is said again."""
         _, flight = await self.flown()
-        assert Reader(flight.follow(after=8)).got[0].number == 8
+        reader = Reader(flight.follow(after=8))
+        assert (reader.got[0].final, reader.got[0].seen, reader.text) == (True, 2, b"")
 
     async def test_what_was_let_go_of_cannot_be_followed_on(self) -> None:
         source = Scripted()

@@ -299,7 +299,20 @@ class TestReading:
             assert last is not None
             assert (await here.get(first.id, after=last)).status == 204
             cut = await (await here.get(first.id, after=last - 1)).all()
-            assert cut.events[-1] == first.events[-1], "who misses the end gets it, with the finish chunk once more"
+            assert cut.events == first.events[-1:]
+
+    @pytest.mark.parametrize("usage", [{}, {"stream_options": {"include_usage": True}}], ids=["no usage", "usage"])
+    @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+    async def test_whoever_has_some_of_the_last_write_gets_the_rest_of_it_and_nothing_twice(self, path: str, usage: Json) -> None:
+        """Text, finish chunk, usage and `[DONE]` came in one read: a line may break between any two of them."""
+        async with serving() as here:
+            here.teller.said.put_nowait(word("a") + word("b") + ENDING)
+            here.teller.cut()
+            asked: Json = {"prompt": "Hi"} if path.endswith("/v1/completions") else {}
+            first = await (await here.post(path=path, **usage, **asked)).all()
+            assert first.events[-1][1] == "[DONE]"
+            for has in range(1, len(first.events)):
+                assert (await (await here.get(first.id, after=has)).all()).events == first.events[has:]
 
     async def test_a_broken_stream_ends_with_its_numbered_error_for_everybody_and_then_a_204(self) -> None:
         async with serving() as here:

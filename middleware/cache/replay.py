@@ -45,6 +45,7 @@ class Replayed(Batch):
         self.final = final
         self.number = None
         self.comment = b""
+        self.seen = 0
 
     def __getattr__(self, name: str) -> Any:
         # Only asked for a slot that is still empty: `items` is filled by the first who wants it.

@@ -19,6 +19,7 @@ from middleware.resume.position import Tokens, after, cors
 from middleware.resume.streams import Stream, Streams
 from proxy.call import Call, altered
 from proxy.errors import GatewayError, Outcome, Refused
+from proxy.flight import Flight
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Answer, Endpoint, Handler, Query, Sample, Streamed
 from proxy.reply import Batch, Head, Reply, Trailer
@@ -124,7 +125,7 @@ class Resume:
             return self._failed(stream, stream.failed, has, query, shared)
         flight = stream.flight
         assert flight is not None, "it has begun"
-        if has >= flight.number:
+        if has >= flight.number and not (flight.over and has < _last(stream, flight)):
             if flight.over:
                 return Answer(status=204, headers=shared)
             raise Refused(f"The stream has only {flight.number - 1} events yet.", code="invalid_value", headers=shared)
@@ -192,6 +193,13 @@ class Resume:
         for why in ("age", "size"):
             words = "Streams that were let go of, by reason."
             yield Sample("penstock_resume_expired_total", "counter", words, counts[f"expired_{why}"], {"reason": why})
+
+
+def _last(stream: Stream, flight: Flight) -> int:
+    """The number of the last event of a stream that is over: of `[DONE]`, before which usage may stand, or of the error chunk."""
+    usage, options = flight.reply.trailer.usage, stream.call.options
+    shown = flight.error is None and usage is not None and options.include_usage and not options.usage_on_finish
+    return flight.number + shown
 
 
 async def _batches(*batches: Batch, error: GatewayError | None = None) -> AsyncIterator[Batch]:

@@ -42,10 +42,10 @@ def commented(batch: Batch, events: bytes) -> bytes:
 
 def last(batch: Batch, trailer: Trailer, options: Options) -> bytes:
     """The end of a stream: finish chunks, usage where the client asked for it, `[DONE]`."""
-    return commented(batch, ending(batch.items, trailer, options, batch.number))
+    return commented(batch, ending(batch.items, trailer, options, batch.number, batch.seen))
 
 
-def ending(chunks: Sequence[Item], trailer: Trailer, options: Options, number: int | None = None) -> bytes:
+def ending(chunks: Sequence[Item], trailer: Trailer, options: Options, number: int | None = None, seen: int = 0) -> bytes:
     """Finish chunks in a face's form, with usage beside or behind them; the chunks may be shared and stay as they are."""
     usage = trailer.usage
     last = chunks[-1] if chunks else None
@@ -56,7 +56,7 @@ def ending(chunks: Sequence[Item], trailer: Trailer, options: Options, number: i
     elif options.include_usage:
         kept = {name: last[name] for name in ("id", "object", "created", "model")}
         chunks = [*chunks, {**kept, "choices": [], "usage": usage}]
-    return sse_events([*chunks, DONE], number)
+    return sse_events([*chunks, DONE], number, seen)
 
 
 def failure(error: GatewayError, call: Call, sent: Chunk | None, number: int | None = None) -> bytes:

@@ -32,7 +32,8 @@ def events(batch: Batch) -> bytes:
 
 
 def last(batch: Batch, trailer: Trailer, options: Options) -> bytes:
-    return chat.commented(batch, chat.ending([_text_chunk(chunk) for chunk in batch.chunks], trailer, options, batch.number))
+    chunks = [_text_chunk(chunk) for chunk in batch.chunks]
+    return chat.commented(batch, chat.ending(chunks, trailer, options, batch.number, batch.seen))
 
 
 def failure(error: GatewayError, call: Call, sent: Chunk | None, number: int | None = None) -> bytes:
