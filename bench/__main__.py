@@ -3,6 +3,7 @@
 scripts/bench                                   all work, all peers that are found, three turns: about 25 minutes
 scripts/bench --work json burst paced --turns 5 --peers smg --label after
 scripts/bench --quick                           does it run at all
+scripts/bench --work many --turns 1             10,000 open streams on one process; only when asked for
 scripts/bench --install                         fetch the peers into --tools
 scripts/bench --compare bench/results/before.json bench/results/after.json
 """
@@ -35,7 +36,7 @@ from bench.workloads import WORKS, chosen
 Json = dict[str, Any]
 LIBRARIES = ("aiohttp", "orjson", "uvloop")
 IDLE = 0.7  # load average over the last minute
-OURS = ("penstock", "bare", "+", "workers")
+OURS = ("penstock", "bare", "+", "workers", "flights", "resumable", "smooth")
 
 
 def main() -> int:
@@ -152,7 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tools", type=Path, default=ROOT / ".bench", help="where peers are installed")
     parser.add_argument("--install", action="store_true", help="install the peers there, and stop")
     groups = [*WORKS, "flat", "alone"]
-    parser.add_argument("--work", nargs="+", choices=groups, default=list(WORKS), metavar="WORK", help=", ".join(groups))
+    parser.add_argument(
+        "--work",
+        nargs="+",
+        choices=groups,
+        default=[key for key, work in WORKS.items() if work.default],
+        metavar="WORK",
+        help=", ".join(groups),
+    )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--quick", action="store_true", help="one turn of half a second each")

@@ -28,11 +28,12 @@ class WrongReply(Exception):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a reply must be: so many content chunks, paced or at once, streamed or whole."""
+    """What a reply must be: so many content chunks, paced or at once, streamed or whole. merged: maybe in fewer chunks."""
 
     count: int
     paced: bool = False
     whole: bool = False
+    merged: bool = False
 
 
 @dataclass
@@ -124,7 +125,7 @@ def check(reply: Reply, wanted: Wanted, *, thorough: bool = False) -> None:
         return
     if not body.rstrip().endswith(b"data: [DONE]"):
         raise WrongReply(f"does not end with [DONE]: {body[-200:]!r}")
-    if fault := said.wrong(contents(body), wanted.count, wanted.paced):
+    if fault := said.wrong(_parts(contents(body), wanted), wanted.count, wanted.paced):
         raise WrongReply(fault)
     if len(STOPPED.findall(body)) != 1:
         raise WrongReply("not exactly one finish reason `stop`")
@@ -142,6 +143,10 @@ def check_start(reply: Reply) -> None:
 def contents(body: bytes) -> list[bytes]:
     """The content chunks of a stream; what is said needs no JSON escapes, so they are compared as they stand."""
     return [part for part in CONTENT.findall(body) if part]
+
+
+def _parts(parts: list[bytes], wanted: Wanted) -> list[bytes]:
+    return said.split(b"".join(parts)) if wanted.merged else parts
 
 
 def _check_whole(body: bytes, wanted: Wanted) -> None:
@@ -163,5 +168,5 @@ def _check_events(body: bytes, wanted: Wanted) -> None:
         parts = [choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise WrongReply("an event is not a completion chunk") from None
-    if fault := said.wrong([part.encode() for part in parts if part], wanted.count, wanted.paced):
+    if fault := said.wrong(_parts([part.encode() for part in parts if part], wanted), wanted.count, wanted.paced):
         raise WrongReply(fault)

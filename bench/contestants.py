@@ -20,6 +20,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from bench.job import KEY
+from middleware import TABLE
 from proxy import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,21 @@ class Contestant:
     dialects: Mapping[str, Dialect] = field(default_factory=lambda: {"openai": Dialect()})
     environment: Mapping[str, str] = field(default_factory=dict)
     cores: int = 1
+
+
+# Where layers stand that are off as shipped: before which of the shipped ones.
+PLACES = {"resume": "metrics", "smooth": "cache", "coalesce": "cache"}
+
+
+def with_layers(place: Place, called: str, **layers: Mapping[str, Any]) -> Contestant | None:
+    """The gateway as shipped, and these layers; None where it does not have them."""
+    if not set(layers) <= set(TABLE):
+        return None
+    onion = list(shipped()[0]["middleware"])
+    for layer, options in layers.items():
+        at = next(number for number, entry in enumerate(onion) if name(entry) == PLACES[layer])
+        onion.insert(at, {layer: dict(options)} if options else layer)
+    return penstock(place, called, onion)
 
 
 def free_port() -> int:

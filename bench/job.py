@@ -21,8 +21,10 @@ PARAGRAPH = "The quick brown fox \u2013 \u201cjumps\u201d \u2013 over the lazy d
 @dataclass(frozen=True)
 class Job:
     """What to do. seconds, requests: no new request after so much (0: no bound). whole: not streamed. same: all requests are
-    alike. prompt: bytes of the prompt. extra: further fields of the body. get: ask for a file. levels: hold so many streams open,
-    one level after the other, then watch for `seconds`. watch, provider: process ids.
+    alike. share: so many in a row are alike. distinct: after so many questions the first ones again. prompt: bytes of the prompt.
+    extra: further fields of the body. get: ask for a file. levels: hold so many streams open, one level after the other, then
+    watch for `seconds`. together: all clients' streams open at once, one each. merged: chunks may be merged on the way. watch,
+    provider: process ids.
     """
 
     port: int
@@ -32,19 +34,23 @@ class Job:
     requests: int = 0
     whole: bool = False
     same: bool = False
+    share: int = 1
+    distinct: int = 0
     prompt: int = 0
     extra: Json = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     path: str = "/v1/chat/completions"
     get: bool = False
     levels: tuple[int, ...] = ()
+    together: bool = False
+    merged: bool = False
     watch: int = 0
     provider: int = 0
 
     @property
     def wanted(self) -> Wanted:
         count, delay = said.shape(self.model)
-        return Wanted(count, delay > 0 and not self.whole, self.whole)
+        return Wanted(count, delay > 0 and not self.whole, self.whole, self.merged)
 
     def written(self) -> Iterator[bytes]:
         """The requests, ready to be sent, each a question of its own unless they are to be the same."""
@@ -60,8 +66,13 @@ class Job:
         before, after = (f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body).split(b"@@@@@@@@")
         number = 0
         while True:
-            yield b"%b%08d%b" % (before, number, after)
-            number += not self.same
+            yield b"%b%08d%b" % (before, self._question(number), after)
+            number += 1
+
+    def _question(self, number: int) -> int:
+        """Which question the request of this number asks."""
+        question = 0 if self.same else number // self.share
+        return question % self.distinct if self.distinct else question
 
 
 def read(text: str) -> Job:

@@ -3,7 +3,7 @@
     python -m bench.load '{"port": 8080, "model": "openai/bench-100-0", "clients": 32, "seconds": 3, "watch": PID}'
 
 Strategy: a closed loop of clients, each a bare asyncio protocol that asks again when its reply is whole; or, for a job with
-`levels`, streams that are held open (`bench.held`).
+`levels`, streams that are held open (`bench.held`); with `together`, a great many at once (`bench.many`).
 The one rule: a reply that is not right in every way (`bench.checking`) is counted as wrong and as nothing else.
 """
 
@@ -22,6 +22,7 @@ from bench.checking import Reply, WrongReply, check
 from bench.figures import Figures, Watch, as_line
 from bench.held import held
 from bench.job import Job, read
+from bench.many import many
 
 Json = dict[str, Any]
 GRACE = 60.0  # seconds for the replies that are under way when the time is over
@@ -112,4 +113,4 @@ async def closed_loop(job: Job) -> Json:
 
 if __name__ == "__main__":
     job = read(sys.argv[1])
-    print(json.dumps(uvloop.run(held(job) if job.levels else closed_loop(job))))
+    print(json.dumps(uvloop.run((held if job.levels else many if job.together else closed_loop)(job))))

@@ -28,12 +28,13 @@ COLUMNS = (
     ("gap jitter p50 ms", "jitter_ms.p50", 3),
     ("gap jitter p99", "jitter_ms.p99", 3),
     ("resident MB", "resident_mb", 1),
+    ("open at once", "open_at_once", 0),
+    ("MB before", "resident_before_mb", 1),
     ("MB at start", "resident_at_mb.0", 1),
     ("MB at 200", "resident_at_mb.200", 1),
     ("MB at 400", "resident_at_mb.400", 1),
     ("KB per further stream", "kb_per_stream", 1),
 )
-RATIOS = ("smg", "relay", "bare", "nginx", "workers-1")
 TITLES = {REQUEST: "CPU µs/request", CHUNK: "CPU µs/chunk", FIRST: "first chunk ms", RATE: "requests/s"}
 MEMORY = {"resident_at_mb.200": "MB at 200 streams", "kb_per_stream": "KB per further stream"}
 PICTURED = (
@@ -100,7 +101,9 @@ def work_table(work: str, found: Summaries) -> str:
     figure = WORKS[work].ratio
     columns = [column for column in COLUMNS if _shown(column[1], work, rows)]
     others = [
-        who for who in RATIOS if who in rows and len(rows) > 1 and any(ratio(found, work, row, who, figure) for row in rows)
+        who
+        for who in WORKS[work].against
+        if who in rows and len(rows) > 1 and any(ratio(found, work, row, who, figure) for row in rows)
     ]
     heads = ["", *(head for head, _, _ in columns), *(f"× {who}" for who in others)]
     cells = []

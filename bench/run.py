@@ -6,13 +6,14 @@ The one rule: the provider's own count of calls has the last word, so that no re
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench import said
-from bench.contestants import Contestant, Dialect, Place, direct, free_port, penstock, relay, shipped
+from bench.contestants import Contestant, Dialect, Place, direct, free_port, penstock, relay, shipped, with_layers
 from bench.job import Job
 from bench.peers import PEERS
 from bench.provider import OPENAI, ending, opening
@@ -20,6 +21,7 @@ from bench.stage import Running, Stage
 from bench.workloads import Work
 
 Json = dict[str, Any]
+SPARE_FILES = 100
 Factory = Callable[[], Contestant | None]
 
 
@@ -31,6 +33,10 @@ def cast(place: Place, peers: Sequence[str]) -> dict[str, Factory]:
         "relay": lambda: relay(place),
         "bare": lambda: penstock(place, "bare", ()),
         "penstock": lambda: penstock(place, "penstock"),
+        "flights": lambda: with_layers(place, "flights", coalesce={"mode": "all"}),
+        "resumable": lambda: with_layers(place, "resumable", resume={"mode": "all"}),
+        "flights-resumable": lambda: with_layers(place, "flights-resumable", coalesce={"mode": "all"}, resume={"mode": "all"}),
+        "smooth": lambda: with_layers(place, "smooth", smooth={"interval": "50ms"}),
     }
     for peer in peers:
         found[peer] = lambda peer=peer: PEERS[peer](place)  # type: ignore[misc]
@@ -96,15 +102,18 @@ def measure(stage: Stage, work: Work, one: Running, seconds: float) -> Json:
         stage.load(replace(job, clients=1, requests=1))  # what is now in the cache
     before = stage.calls()
     line = stage.load(job)
-    return verified(line, stage.calls() - before, work.same)
+    return verified(line, stage.calls() - before, work.same, work.share if not job.distinct else job.clients / job.distinct)
 
 
-def verified(line: Json, calls: int, hits: bool) -> Json:
-    """The line with the provider's calls in it; a wrong one where they do not fit the replies."""
+def verified(line: Json, calls: int, hits: bool, share: float = 1) -> Json:
+    """The line with the provider's calls in it; a wrong one where they do not fit the replies.
+
+    share: how many replies one call may have answered.
+    """
     line["calls"] = calls
     if hits and calls:
         return line | {"wrong": line["wrong"] + 1, "first_wrong": f"{calls} hits went to the provider"}
-    if not hits and calls < line["ok"]:
+    if not hits and calls * share < line["ok"] - 0.5:
         return line | {
             "wrong": line["wrong"] + 1,
             "first_wrong": f"{line['ok']} replies, but the provider was called {calls} times",
@@ -125,10 +134,20 @@ def job_of(work: Work, one: Running, stage: Stage, seconds: float) -> Job:
         extra=dict(work.extra),
         headers=dialect.headers,
         levels=work.levels,
+        share=work.share,
+        distinct=distinct(work),
+        together=work.together,
+        merged=work.merged and one.contestant.name == "smooth",
         watch=one.pid,
         provider=stage.provider.pid,
     )
     return replace(job, get=True, path="/hit.txt") if work.same and one.contestant.name == "nginx" else job
+
+
+def distinct(work: Work) -> int:
+    """How many questions the streams ask, where a process may not open files for a call of each; 0: each its own."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1] - SPARE_FILES
+    return files - work.clients if work.together and files < 2 * work.clients else 0
 
 
 def file_of_a_hit(model: str) -> bytes:

@@ -44,6 +44,11 @@ def seal(checksum: int) -> bytes:
     return b" end@%08x" % checksum
 
 
+def split(text: bytes) -> list[bytes]:
+    """A text in the pieces in which it was said; each begins with a blank and has no other."""
+    return [b" " + piece for piece in text[1:].split(b" ")] if text.startswith(b" ") else [text]
+
+
 def wrong(parts: list[bytes], count: int, paced: bool) -> str | None:
     """What is wrong with the content chunks of a whole answer, or None."""
     if len(parts) != count:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+OTHERS = ("smg", "relay", "bare", "nginx", "workers-1")
 EVERYONE = ("nginx", "relay", "bare", "penstock", "smg", "portkey", "litellm")
 # Milliseconds between a stream's chunks, such that all streams together bring about 2,000 chunks a second.
 FLAT = {1: 1, 10: 5, 100: 50, 1000: 500, 5000: 2500}
@@ -21,7 +22,8 @@ REQUEST, CHUNK, FIRST, RATE = "cpu_us_per_request", "cpu_us_per_chunk", "first_m
 class Work:
     """title: what it is, in the report. clients: connections of the closed loop. who: names of contestants; "+" stands for each
     middleware alone. levels: streams that are held open, instead of a closed loop. fresh: in a process of its own. wire: of the
-    provider. ratio: of which figure ratios are shown.
+    provider. ratio: of which figure ratios are shown, and against: to whom. share: so many requests in a row are one question.
+    together: all clients' streams open at once. merged: whoever is asked may merge chunks. default: it runs unasked.
     """
 
     title: str
@@ -36,6 +38,11 @@ class Work:
     wire: str = "openai"
     levels: tuple[int, ...] = ()
     fresh: bool = False
+    against: Sequence[str] = OTHERS
+    share: int = 1
+    together: bool = False
+    merged: bool = False
+    default: bool = True
 
 
 WORKS: Mapping[str, Work] = {
@@ -70,6 +77,22 @@ WORKS: Mapping[str, Work] = {
         )
         for streams, gap in FLAT.items()
     },
+    "followers": Work(
+        "16 followers on one flight, 192 open streams: 50 chunks, 20 ms apart",
+        "bench-50-20", 192, ("penstock", "flights"), CHUNK, share=16, against=("penstock",),
+    ),
+    "surviving": Work(
+        "streams that can be shared and resumed: 50 chunks, 20 ms apart, 200 open streams",
+        "bench-50-20", 200, ("penstock", "flights", "resumable", "flights-resumable"), CHUNK, against=("penstock",),
+    ),
+    "smooth": Work(
+        "merged to a write per 50 ms: 50 chunks, 20 ms apart, 200 open streams",
+        "bench-50-20", 200, ("penstock", "smooth"), CHUNK, merged=True, against=("penstock",),
+    ),
+    "many": Work(
+        "10,000 open streams: 12 chunks, 2.5 s apart",
+        "bench-12-2500", 10_000, ("flights",), CHUNK, fresh=True, together=True, default=False,
+    ),
     "workers": Work("JSON with one worker and with two", "bench-10-0", 64, ("workers-1", "workers-2"), RATE, whole=True),
 }  # fmt: skip
 
