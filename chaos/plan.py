@@ -34,6 +34,7 @@ BEHAVIOURS = {
 }  # fmt: skip
 CROWD = 8  # visits that ask the same question
 HUGE = 4096
+USAGE = {"stream_options": {"include_usage": True}}
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class Plan:
         question = {"crowd": crowd, "frozen": f"huge-{number}"}.get(behaviour, f"own-{number}")
         return Visit(
             number, behaviour, question, after=dice.choice((0, 1, 1, 2, 3, 5, 8, 20)), pause=dice.choice((0.0, 0.0, 0.01, 0.05)),
-            reset=dice.random() < 0.5, cuts=dice.randint(1, 4), fields=self._fields(behaviour, dice),
+            reset=dice.random() < 0.5, cuts=dice.randint(1, 4),
+            fields={**self._fields(behaviour, dice), **dice.choice(({}, USAGE))},
         )  # fmt: skip
 
     def _fields(self, behaviour: str, dice: random.Random) -> Json:
