@@ -85,6 +85,11 @@ WORKS: Mapping[str, Work] = {
         "streams that can be shared and resumed: 50 chunks, 20 ms apart, 200 open streams",
         "bench-50-20", 200, ("penstock", "flights", "resumable", "flights-resumable"), CHUNK, against=("penstock",),
     ),
+    "surviving-held": Work(
+        "the same, a chunk of streams that are held open: 200 streams, 20 ms apart",
+        f"bench-{ENDLESS}-20", who=("penstock", "flights", "resumable", "flights-resumable"), ratio=CHUNK, levels=(200,),
+        against=("penstock",), fresh=True,  # what is resumable is read on when this is over
+    ),
     "smooth": Work(
         "merged to a write per 50 ms: 50 chunks, 20 ms apart, 200 open streams",
         "bench-50-20", 200, ("penstock", "smooth"), CHUNK, merged=True, against=("penstock",),

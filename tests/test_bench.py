@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from bench import said
 from bench.checking import Reply, Wanted, WrongReply, check, check_start
-from bench.contestants import name, penstock, shipped
+from bench.contestants import PLACES, name, penstock, shipped, with_layers
+from bench.job import Job
+from bench.many import Tally
 from bench.medians import ratio, summaries
 from bench.picture import BAR, BEYOND, Panel, svg
 from bench.provider import OPENAI, STREAM_HEAD, Paced, at_once, ending, frame, in_one_piece, opening
@@ -249,6 +251,61 @@ def test_a_group_of_work_is_chosen_by_its_name() -> None:
         chosen(["nothing"])
 
 
+def test_a_text_that_was_merged_on_the_way_is_compared_in_the_pieces_in_which_it_was_said() -> None:
+    """Two chunks as one are right where that may be, and only there; a piece that is missing never is."""
+    events = said_in_events()
+    both = OPENAI.event % (said.word(1) + said.word(2))
+    merged = reply(streamed([*events[:2], both, *events[4:]]))
+    check(merged, Wanted(COUNT, merged=True), thorough=True)
+    with pytest.raises(WrongReply, match="4 content chunks"):
+        check(merged, Wanted(COUNT))
+    with pytest.raises(WrongReply, match="4 content chunks"):
+        check(reply(streamed([*events[:2], *events[3:]])), Wanted(COUNT, merged=True))
+
+
+def test_as_many_requests_in_a_row_are_alike_as_are_to_share_a_flight() -> None:
+    def asked(**fields: int) -> list[bytes]:
+        return list(itertools.islice(Job(1, "bench-1-0", **fields).written(), 6))  # type: ignore[arg-type]
+
+    assert len(set(asked())) == 6
+    shared = asked(share=3)
+    assert shared[0] == shared[2] != shared[3] == shared[5]
+    again = asked(distinct=4)
+    assert again[:2] == again[4:]
+    assert len(set(again)) == 4
+
+
+def test_a_flight_may_answer_as_many_as_share_it_and_no_more() -> None:
+    line = {"ok": 32, "wrong": 0, "first_wrong": None}
+    assert verified(dict(line), calls=2, hits=False, share=16)["wrong"] == 0
+    assert verified(dict(line), calls=1, hits=False, share=16)["wrong"] == 1
+
+
+def test_layers_that_are_off_as_shipped_are_put_where_they_belong(tmp_path: Path) -> None:
+    """A gateway that has no such layer does not take part."""
+    place = place_for(tmp_path, tmp_path)
+    for called in ("flights", "resumable", "flights-resumable", "smooth"):
+        found = cast(place, [])[called]()
+        assert found is not None
+        onion = [spec.name for spec in load(Path(found.command[-1]), {}, TABLE).middleware]
+        assert [one for one in onion if one not in PLACES] == [name(entry) for entry in shipped()[0]["middleware"]]
+        assert all(onion.index(one) < onion.index(PLACES[one]) for one in onion if one in PLACES)
+    assert with_layers(place, "none", nothing={}) is None
+
+
+def test_a_closed_loop_cannot_pass_for_streams_that_are_open_at_once() -> None:
+    """How many were open at the same time is counted from first chunks to ends."""
+    tally = Tally(3)
+    tally.begin()
+    tally.begin()
+    tally.end(True)
+    tally.begin()
+    tally.end(True)
+    assert (tally.most, tally.over.is_set()) == (2, False)
+    tally.end(True)
+    assert (tally.open, tally.over.is_set()) == (0, True)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the bench reads /proc")
 def test_the_harness_end_to_end(tmp_path: Path) -> None:
     """Provider, bare gateway and load generator: five right replies of each kind, and a look at streams that are held open."""
@@ -262,9 +319,10 @@ def test_the_harness_end_to_end(tmp_path: Path) -> None:
             Work("", "bench-5-2", 2),
             Work("", "bench-5-0", 2, wire="anthropic"),
             Work("", "bench-9999-5", levels=(2, 5)),
+            Work("", "bench-20-20", 5, together=True),
         ):
             job = job_of(work, one, stage, 0.1)
-            found = stage.load(job if work.levels else replace(job, requests=5, seconds=0.0))
+            found = stage.load(job if work.levels or work.together else replace(job, requests=5, seconds=0.0))
             assert (found["ok"], found["wrong"]) == (5, 0), found["first_wrong"]
             assert found["cpu_us_per_chunk"] > 0
         assert stage.calls() >= 20
