@@ -20,7 +20,7 @@ from chaos.gateway import Gateway, running
 from chaos.line import Line
 from chaos.plan import Plan, Visit
 from chaos.provider import Provider
-from chaos.records import Evidence, Heard, State
+from chaos.records import Evidence, Heard, Json, State
 
 WARM = 0.4  # of the time
 REST = 20.0
@@ -133,7 +133,15 @@ async def _reloads(gateway: Gateway) -> tuple[int, int]:
 
 async def _drained(gateway: Gateway, clients: Clients) -> list[Heard]:
     """SIGTERM with streams open that are far from their end; what they got."""
-    visits = [Visit(10**9 + number, "drained", f"endless-{number}") for number in range(DRAINED)]
+    ways: tuple[Json, ...] = (
+        {},
+        {"resume": True},
+        {"on_disconnect": "finish_and_cache"},
+        {"coalesce": True},
+        {"on_break": "continue"},
+        {"smooth": True},
+    )
+    visits = [Visit(10**9 + n, "drained", f"endless-{n % len(ways)}", fields=dict(ways[n % len(ways)])) for n in range(DRAINED)]
     heard = [clients.new(visit) for visit in visits]
     lines = [await Line.open(gateway.port) for _ in visits]
     answers = [await clients.ask(*one) for one in zip(visits, heard, lines, strict=True)]

@@ -203,5 +203,6 @@ async def test_a_short_run_keeps_all_invariants(tmp_path: Path) -> None:
     """Five seconds of everything at once, against the real command."""
     found = await run(Wanted(seed=20, seconds=5.0, clients=60), tmp_path)
     assert {name: faults for name, faults in judged(found.evidence).items() if faults} == {}
+    assert found.left_out == [], "what is there takes part"
     assert found.counts["outcome completed"] > 100
     assert all(found.counts[f"outcome {name}"] for name in ("upstream_cut", "client_gone", "timeout_idle", "draining"))
