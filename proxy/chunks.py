@@ -185,14 +185,18 @@ class ChunkStream:
         return out
 
     def stamp(self, chunk: Chunk) -> None:
-        """Give a chunk that the provider already sent in the right shape the stream's own id, created and model; send it."""
+        """Send a chunk that the provider already sent in the right shape, marked as this stream's."""
+        self.mark(chunk)
+        self._out.append(chunk)
+
+    def mark(self, chunk: Chunk) -> None:
+        """Give a chunk the stream's own id, created and model."""
         if not self.id or not self.created:
             self._settle_identity()
         chunk["id"] = self.id
         chunk["object"] = "chat.completion.chunk"
         chunk["created"] = self.created
         chunk["model"] = self.model
-        self._out.append(chunk)
 
     def put_event(self, event: bytes) -> None:
         """A chunk that is already encoded as a complete event, with this stream's own id, created and model."""

@@ -268,3 +268,51 @@ pieces = st.one_of(
 def test_one_read_gives_what_the_same_events_give_one_by_one(between: list[bytes], rest: bytes) -> None:
     """Whatever stands among the text chunks, and whatever half an event ends the read."""
     at_once(text("one"), text("two"), text("three"), *between, text("last"), rest=rest)
+
+
+def long_way_only() -> Decoder:
+    """A decoder that knows no short way but the plain text chunk's."""
+    made = decoder(NeverFills())
+    made._usual = lambda chunk: False  # type: ignore[method-assign]
+    return made
+
+
+USUAL: Json = {"id": "c1", "object": "chat.completion.chunk", "created": 17, "model": "m", "system_fingerprint": "fp_1"}
+deltas: st.SearchStrategy[Json] = st.fixed_dictionaries({}, optional={
+    "role": st.just("assistant"), "content": st.sampled_from([None, "", "Hi", 3]), "refusal": st.sampled_from([None, "", "No"]),
+    "tool_calls": st.just([]), "reasoning_content": st.sampled_from(["", "hm"]),
+})  # fmt: skip
+usages = st.sampled_from(
+    [None, {}, {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}, {"prompt_tokens_details": "x"}, 7]
+)
+choices = st.fixed_dictionaries(
+    {"index": st.sampled_from([0, 0, 1, None, "0"]), "delta": deltas},
+    optional={
+        "finish_reason": st.sampled_from([None, "stop", "length", "error", "eos", 3]),
+        "logprobs": st.sampled_from([None, {}, {"content": [{"token": "Hi"}]}]),
+        "native_finish_reason": st.just("end"),
+        "content_filter_results": st.just({"hate": 1}),
+    },
+)
+chunks = st.fixed_dictionaries(
+    {"choices": st.lists(choices, max_size=2)},
+    optional={
+        "usage": usages, "system_fingerprint": st.sampled_from([None, "", "fp_2", 3]), "service_tier": st.just("default"),
+        "object": st.sampled_from(["chat.completion.chunk", "error"]), "error": st.sampled_from([None, {"message": "no"}]),
+        "x_groq": st.just({"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}), "p": st.just("pad"),
+    },
+).map(lambda found: {**USUAL, **found})  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(chunks, max_size=5))
+def test_the_usual_chunks_come_out_as_the_long_way_has_them(events: list[Json]) -> None:
+    """Whatever stands in them, in whichever order, also where they are wrong."""
+    short, long = decoder(), long_way_only()
+    for event in events:
+        read = b"data: " + json.dumps(event).encode() + b"\n\n"
+        assert semantic(short.feed(read)) == semantic(long.feed(read))
+        assert repr(short.fault) == repr(long.fault)
+    assert semantic(short.close()) == semantic(long.close())
+    assert short.stream.usage == long.stream.usage
+    assert repr(short.fault) == repr(long.fault)
