@@ -102,12 +102,14 @@ class Delivery:
         framed = b"%b%x\r\n%b\r\n" % (self._head, len(data), data) if self._chunked else self._head + data
         if self._head:
             self._head = b""
-        transport = self._connection.transport
-        if transport is None or transport.is_closing():
+        connection = self._connection
+        transport = connection.transport
+        if transport is None:
             raise ConnectionResetError("The client has gone.")
         self.begun = True
+        # One that is closing drops it, and its owner is told in a moment: asking it first would cost each chunk 0.1 us.
         transport.write(framed)
-        return self._connection.congested
+        return connection.congested
 
     def end(self, data: bytes = b"") -> None:
         """The last piece, and the end of the body."""

@@ -70,14 +70,15 @@ class Decoder(SseDecoder):
         """As in SseDecoder. Where a read holds many events, the first ones teach the template and the rest is spliced at once."""
         if self.ended or self.fault is not None:
             return []
-        template = self._template
+        template, cut = self._template, 0
         if template.least == 0 and template.teachable and (cut := _third_event(data)):
             self._events(data[:cut])
             data = data[cut:]
         if template.least and not self._waiting and self.framer.between:
-            if (event := template.single(data)) is not None:
-                self.stream.put_event(event)
-                return self.stream.take()
+            if not cut and (event := template.single(data)) is not None:
+                # Nothing else waits to be taken: it goes straight on.
+                self.stream.sent += 1
+                return [event]
             if (found := template.run(data)) is not None:
                 run, count, data = found
                 self.stream.put_run(run, count)
