@@ -19,12 +19,11 @@ from math import inf
 
 from proxy.call import altered
 from proxy.errors import GatewayError, Outcome
-from proxy.reply import Batch, Ended, Head, Receive, Reply, Run, Sent, Trailer, flow_of
+from proxy.reply import STALL_SECONDS, Batch, Ended, Head, Receive, Reply, Run, Sent, Trailer, flow_of
 from proxy.timers import Expiry, after
 
 log = logging.getLogger("penstock")
 
-STALL_SECONDS = 1.0
 GROWTH = 4096
 
 
@@ -276,8 +275,7 @@ class Flight:
 
     def _gaps(self) -> None:
         """Nobody writes what the reply's own trailer would tell of: the gaps are those between its batches."""
-        gap, trailer = self._clock() - self._came, self.reply.trailer
-        trailer.longest_gap, trailer.stalls = max(self._longest, gap), self._stalls + (gap > STALL_SECONDS)
+        self.reply.trailer.silences(self._longest, self._stalls, self._clock() - self._came)
 
     def _trim(self) -> None:
         """Let go of the oldest batches that are beyond what is kept and that no follower still needs."""

@@ -25,13 +25,11 @@ from proxy.faces import Face
 from proxy.fold import fold, unfolded
 from proxy.http import STREAM_HEADERS
 from proxy.keepalive import COMMENT, COMMENT_AMONG_IDS, KeepAlive, told_late
-from proxy.reply import Batch, Completion, Flow, Reply, Sent, flow_of
+from proxy.reply import STALL_SECONDS, Batch, Completion, Flow, Reply, Sent, flow_of
 
 log = structlog.get_logger("penstock")
 
 Json = dict[str, Any]
-
-STALL_SECONDS = 1.0
 
 
 class Relay:
@@ -209,9 +207,7 @@ class Relay:
         gap = now - self._last
         if gap > self._longest:
             self._longest = gap
-            if gap > STALL_SECONDS:
-                self._stalls += 1
-        elif gap > STALL_SECONDS:
+        if gap > STALL_SECONDS:
             self._stalls += 1
         self._last = now
         events = self._face.events(batch)
@@ -227,9 +223,8 @@ class Relay:
             self._delivery.write(COMMENT if self._sent is None or self._sent.number is None else COMMENT_AMONG_IDS)
 
     def _gaps(self) -> None:
-        """The silence before the end is a gap too: a stream that timed out had its longest there."""
-        gap, trailer = self._clock() - self._last, self._reply.trailer
-        trailer.longest_gap, trailer.stalls = max(self._longest, gap), self._stalls + (gap > STALL_SECONDS)
+        trailer = self._reply.trailer
+        trailer.silences(self._longest, self._stalls, self._clock() - self._last)
         if self._sent is not None and trailer.usage is None:
             trailer.sent = Sent(self._bytes, self._sent, len(self._face.events(self._sent)))
 

@@ -348,6 +348,10 @@ class Sent(NamedTuple):
     last_bytes: int
 
 
+# A gap in a stream that counts as a stall.
+STALL_SECONDS = 1.0
+
+
 class Trailer:
     """What is known at the end: usage, finish reasons, outcome. Filled as chunks flow; `end` runs once, whatever happens.
 
@@ -380,6 +384,11 @@ class Trailer:
         self.error: GatewayError | None = None
         self._callbacks: list[Callable[[Trailer], None]] = []
         self._resources: list[Callable[[], None]] = []
+
+    def silences(self, longest: float, stalls: int, last: float) -> None:
+        """Note the gaps between writes. last: the silence before the end, which is a gap too: a stream that timed out had its
+        longest there."""
+        self.longest_gap, self.stalls = max(longest, last), stalls + (last > STALL_SECONDS)
 
     def on_end(self, callback: Callable[[Trailer], None]) -> None:
         """Run `callback(trailer)` once when the reply has ended, however it ended; at once if it has already."""
