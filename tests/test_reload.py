@@ -35,7 +35,7 @@ from proxy.reload import Reloader
 from proxy.reply import Reply
 from tests.support.gateway import ask, chat, gateway, until
 from tests.support.rawclient import connected, request_bytes
-from tests.support.upstream import Asked, Line, Upstream, stream
+from tests.support.upstream import Asked, Held, Line, Upstream, stream
 from tests.test_workers import Served
 
 Json = dict[str, Any]
@@ -53,20 +53,6 @@ providers:
   demo: {{api: demo, models: [echo]}}
 middleware: [{middleware}]
 """
-
-
-class Held:
-    """A provider whose streams begin with a word and end when `go` is set."""
-
-    def __init__(self) -> None:
-        self.go = asyncio.Event()
-
-    async def __call__(self, asked: Asked, line: Line) -> None:
-        await line.head()
-        await line.chunk(WORD)
-        await self.go.wait()
-        await line.chunk(WORD + ENDING)
-        await line.end()
 
 
 class Opened:
@@ -169,7 +155,7 @@ def _no_opened() -> Iterator[None]:
 
 
 async def test_a_running_stream_keeps_the_old_config_and_the_next_request_has_the_new_one(tmp_path: Path) -> None:
-    held = Held()
+    held = Held(WORD, WORD + ENDING)
     async with (
         Upstream(held) as old,
         Upstream(stream([WORD, ENDING])) as new,
@@ -355,7 +341,7 @@ async def test_the_log_says_what_changed_by_name_and_no_secret(tmp_path: Path) -
 
 
 async def test_the_cache_keeps_its_entries_with_other_options_and_also_what_an_old_stream_stores(tmp_path: Path) -> None:
-    held = Held()
+    held = Held(WORD, WORD + ENDING)
     cached = chat("up/m", cache={"type": "exact_match"})
     async with Upstream(held) as up, scene(tmp_path, up.url, "metrics, cache") as at, line_to(at) as client:
         await client.post(cached)
@@ -389,7 +375,7 @@ async def test_a_smaller_cache_lets_go_of_what_was_used_least_recently(tmp_path:
 
 
 async def test_counters_do_not_go_back_and_an_old_stream_is_still_counted(tmp_path: Path) -> None:
-    held = Held()
+    held = Held(WORD, WORD + ENDING)
     async with Upstream(held) as up, scene(tmp_path, up.url, "metrics") as at, line_to(at) as client:
         await ask(at.gateway.port, chat("demo/fast"))
         await client.post(chat("up/m"))
@@ -419,7 +405,7 @@ async def test_a_label_that_was_let_in_is_not_let_in_once_more(tmp_path: Path) -
 
 
 async def test_limits_are_not_reset_and_a_held_slot_stays_held(tmp_path: Path) -> None:
-    held = Held()
+    held = Held(WORD, WORD + ENDING)
     async with Upstream(held) as up, scene(tmp_path, up.url, "limits: {per_key: {concurrent: 1}}") as at:
         async with line_to(at) as client:
             await client.post(chat("up/m"))
@@ -520,7 +506,7 @@ async def test_an_unchanged_entry_goes_on_as_the_same_object_and_is_told_its_sur
 
 
 async def test_an_old_layer_is_closed_once_and_only_after_its_last_call(tmp_path: Path) -> None:
-    held = Held()
+    held = Held(WORD, WORD + ENDING)
     async with Upstream(held) as up, scene(tmp_path, up.url, "opened") as at, line_to(at) as client:
         await client.post(chat("up/m"))
         await client.read_until(b"word ")
@@ -545,7 +531,7 @@ async def test_an_old_layer_is_closed_once_and_only_after_its_last_call(tmp_path
 
 
 async def test_the_end_of_the_gateway_closes_what_calls_of_old_generations_hold(tmp_path: Path) -> None:
-    async with Upstream(Held()) as up:
+    async with Upstream(Held(WORD, WORD + ENDING)) as up:
         async with scene(tmp_path, up.url, "opened") as at, line_to(at) as client:
             await client.post(chat("up/m"))
             await client.read_until(b"word ")

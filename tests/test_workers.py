@@ -32,7 +32,7 @@ from proxy.config import ConfigError, parse
 from proxy.workers.listening import Ports
 from tests.support.gateway import chat
 from tests.support.rawclient import connected
-from tests.support.upstream import Asked, Line, Upstream
+from tests.support.upstream import Held, Upstream
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parent.parent
@@ -49,20 +49,6 @@ MIDDLEWARE = "metrics, tracking, limits: {per_name: {requests_per_minute: 5}}, c
 CACHED = chat("demo/echo", stream=False, cache={"type": "exact_match"})
 WORD = b'data: {"id": "c", "choices": [{"index": 0, "delta": {"content": "word "}, "finish_reason": null}]}\n\n'
 ENDING = b'data: {"id": "c", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
-
-
-class Held:
-    """A provider whose streams begin with a word and end when `go` is set."""
-
-    def __init__(self) -> None:
-        self.go = asyncio.Event()
-
-    async def __call__(self, asked: Asked, line: Line) -> None:
-        await line.head()
-        await line.chunk(WORD)
-        await self.go.wait()
-        await line.chunk(ENDING)
-        await line.end()
 
 
 class Served:
@@ -182,7 +168,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @asynccontextmanager
 async def streaming(folder: Path, allowed: str = "20s") -> AsyncIterator[tuple[Served, Held, list[Any]]]:
     """A gateway with open streams, at least one in each worker; they end when the provider goes on."""
-    held = Held()
+    held = Held(WORD, ENDING)
     async with Upstream(held) as upstream, contextlib.AsyncExitStack() as stack:
         running = stack.enter_context(served(folder, allowed=allowed, url=upstream.url, middleware="tracking"))
         clients: list[Any] = []

@@ -110,6 +110,22 @@ def stream(pieces: Iterable[bytes], status: int = 200, headers: Mapping[str, str
     return answer
 
 
+class Held:
+    """Answers with a stream that begins with `first`, and goes on with `rest` to its end when `go` is set."""
+
+    def __init__(self, first: bytes, rest: bytes) -> None:
+        self.first = first
+        self.rest = rest
+        self.go = asyncio.Event()
+
+    async def __call__(self, asked: Asked, line: Line) -> None:
+        await line.head()
+        await line.chunk(self.first)
+        await self.go.wait()
+        await line.chunk(self.rest)
+        await line.end()
+
+
 class Upstream:
     """`async with Upstream(answer) as upstream`: listens on loopback. `answer` may be replaced at any time.
 
