@@ -8,39 +8,49 @@ The one rule: deleting any one of these files, its line in the table below and i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 
-from middleware.auth import Auth
-from middleware.bounds import Bounds
-from middleware.cache import Cache
-from middleware.coalesce import Coalesce
-from middleware.continuation import Continuation
-from middleware.disconnect import Disconnect
-from middleware.fallback import Fallback
-from middleware.limits import Limits
-from middleware.metrics import Metrics
-from middleware.resume import Resume
-from middleware.retry import Retry
-from middleware.smooth import Smooth
-from middleware.timeout import Timeout
-from middleware.tool_guard import ToolGuard
-from middleware.tracking import Tracking
 from proxy.pipeline import Middleware
 
-TABLE: Mapping[str, Callable[..., Middleware]] = {
-    "auth": Auth,
-    "bounds": Bounds,
-    "cache": Cache,
-    "coalesce": Coalesce,
-    "disconnect": Disconnect,
-    "continuation": Continuation,
-    "fallback": Fallback,
-    "limits": Limits,
-    "metrics": Metrics,
-    "resume": Resume,
-    "retry": Retry,
-    "smooth": Smooth,
-    "tracking": Tracking,
-    "timeout": Timeout,
-    "tool_guard": ToolGuard,
-}
+
+class Shelf(Mapping[str, Callable[..., Middleware]]):
+    """Classes by name, each imported when it is first asked for: what a config does not name costs no memory."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> Callable[..., Middleware]:
+        module, _, attribute = self._places[name].partition(":")
+        found: Callable[..., Middleware] = getattr(import_module(module), attribute)
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+TABLE = Shelf(
+    {
+        "auth": "middleware.auth:Auth",
+        "bounds": "middleware.bounds:Bounds",
+        "cache": "middleware.cache:Cache",
+        "coalesce": "middleware.coalesce:Coalesce",
+        "continuation": "middleware.continuation:Continuation",
+        "disconnect": "middleware.disconnect:Disconnect",
+        "fallback": "middleware.fallback:Fallback",
+        "limits": "middleware.limits:Limits",
+        "metrics": "middleware.metrics:Metrics",
+        "resume": "middleware.resume:Resume",
+        "retry": "middleware.retry:Retry",
+        "smooth": "middleware.smooth:Smooth",
+        "timeout": "middleware.timeout:Timeout",
+        "tool_guard": "middleware.tool_guard:ToolGuard",
+        "tracking": "middleware.tracking:Tracking",
+    }
+)

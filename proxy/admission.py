@@ -136,7 +136,7 @@ def admit(
         stream=stream is True or (stream is not None and Field(stream, "stream").flag()),
         options=_options(body, None if plain else own, defaults),
         name=_header(headers, "x-penstock-name") if plain else _name(own),
-        identity=_sent_identity(headers) if plain else _identity(own),
+        identity=sent_identity(headers) if plain else _identity(own),
         principal=principal,
         route=route,
         targets=route.targets,
@@ -177,10 +177,11 @@ def _identity(own: OwnFields) -> str | None:
     for name in ("identity", "contact"):
         if (found := own.get(name)) is not None and (inside := found.get("id")) is not None:
             return inside.text(NAME_LIMIT)
-    return _sent_identity(own.headers)
+    return sent_identity(own.headers)
 
 
-def _sent_identity(headers: Mapping[str, str]) -> str | None:
+def sent_identity(headers: Mapping[str, str]) -> str | None:
+    """Who the client's user is, by its headers alone."""
     return _header(headers, "x-orq-identity-id") or _header(headers, "x-orq-contact-id")
 
 

@@ -85,7 +85,7 @@ class Gateway:
         }
         exchange = Exchange(WIRES, transports, settle=self._settle)
         settings = partial(_settings, worker=self._worker)
-        self._generations = Generations(exchange, settings, gauges, self.record.samples, self._worker)
+        self._generations = Generations(exchange, settings, gauges, self.record.samples, self._worker, self.http)
         try:
             await self._generations.follow(config, self._begin)
         except BaseException:

@@ -21,6 +21,7 @@ from proxy.config import Config, MiddlewareSpec
 from proxy.pipeline import Handler, Middleware, Sample, Surroundings, compose
 from proxy.routing import Directory
 from proxy.server import Generation, ServerSettings
+from proxy.transport import Transport
 
 PATIENCE_SECONDS = 1.0  # at the end: requests that were cancelled are over in a moment
 
@@ -41,7 +42,8 @@ class Place:
 
 
 class Generations:
-    """innermost: the handler within the onion. settings: what the edge makes of a config. gauges, samples: see Surroundings."""
+    """innermost: the handler within the onion. settings: what the edge makes of a config. gauges, samples, transport: see
+    Surroundings."""
 
     def __init__(
         self,
@@ -50,8 +52,10 @@ class Generations:
         gauges: Mapping[str, Callable[[], float]],
         samples: Callable[[], Iterable[Sample]],
         worker: int = 0,
+        transport: Transport | None = None,
     ) -> None:
         self._innermost = innermost
+        self._transport = transport
         self._settings = settings
         self._gauges, self._samples = gauges, samples
         self._worker = worker
@@ -106,7 +110,16 @@ class Generations:
         changed = changed_providers(self._config, config) if self._config is not None else frozenset[str]()
         server = config.server
         return Surroundings(
-            layers, directory.route, self._gauges, server.workers, self._worker, self._samples, changed, server.write_timeout
+            layers,
+            directory.route,
+            self._gauges,
+            workers=server.workers,
+            worker=self._worker,
+            samples=self._samples,
+            changed=changed,
+            write_timeout=server.write_timeout,
+            attempt=self._innermost,
+            transport=self._transport,
         )
 
     def _retire(self, old: Generation) -> None:

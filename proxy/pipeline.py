@@ -17,6 +17,8 @@ from typing import Literal, Protocol
 
 from proxy.call import Call, Principal, Route
 from proxy.reply import Reply
+from proxy.store import Store
+from proxy.transport import Transport
 
 Handler = Callable[[Call], Awaitable[Reply]]
 Merge = Literal["sum", "each", "one"]
@@ -39,6 +41,7 @@ class Middleware(Protocol):
         health() -> dict                               its state, shown on /readyz?verbose
         attach(surroundings) -> None                   what is around it, before the first call, and again after a reload
         adopt(previous) -> None                        a reload changed its options: take over what is to live on
+        NEEDS_STORE: bool                              it wants `surroundings.store`; else none is opened
         NEEDS_ONE_WORKER: str                          why it cannot be right in several processes; `penstock check` refuses then
         async start() -> None / async close() -> None  with the gateway's own start and end, or a reload's
 
@@ -54,7 +57,7 @@ class Middleware(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A request to an endpoint. params: of the URL's query; principal: who asks."""
+    """A request to an endpoint. params: of the URL's query; principal: who asks; identity: the client's user, by its headers."""
 
     method: str
     path: str
@@ -62,6 +65,7 @@ class Query:
     headers: Mapping[str, str]
     body: bytes
     principal: Principal
+    identity: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class Streamed(Answer):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A path that a middleware serves; its last segment may be `{id}`, which stands for any one.
+    """A path that a middleware serves; its last segment, or the one before, may be `{id}`, which stands for any one.
 
     admin: only for principals with `admin`, or on server.admin_listen. signed: a URL with a `token` needs no key; the handler
     looks at the token.
@@ -127,6 +131,8 @@ class Surroundings:
     that take nothing, in seconds.
     workers: how many processes serve, each with state of its own. worker: which one this is, from 0.
     samples: the gateway's own figures. changed: the providers whose rows a reload has just changed, added or removed.
+    store: what outlives a request; there where some middleware has `NEEDS_STORE`. attempt: one attempt at `call.target`, past all
+    middleware, for calls of its own (embeddings). transport: sends requests to other services (webhooks).
     """
 
     layers: Sequence[Middleware]
@@ -137,6 +143,9 @@ class Surroundings:
     samples: Callable[[], Iterable[Sample]] = tuple
     changed: frozenset[str] = frozenset()
     write_timeout: float = 60.0
+    store: Store | None = None
+    attempt: Handler | None = None
+    transport: Transport | None = None
 
     @property
     def bookkeepers(self) -> Sequence[Callable[[Call, Reply], None]]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import orjson
 import structlog
 
-from proxy.admission import ANYBODY, Defaults, Readers, admit, parse_json, request_id
+from proxy.admission import ANYBODY, Defaults, Readers, admit, parse_json, request_id, sent_identity
 from proxy.call import Call, Principal, altered
 from proxy.delivery import Response
 from proxy.errors import Draining, GatewayError, Outcome, Overloaded, Refused, UpstreamTimeout, why_cancelled
@@ -230,7 +230,7 @@ class Edge:
         if path == "/readyz":
             return Endpoint("GET", path, self._verbose, admin=True)
         endpoints = (generation or self.generation).endpoints
-        found = endpoints.get(path) or endpoints.get(path.rpartition("/")[0] + "/{id}")
+        found = endpoints.get(path) or next((found for form in _forms(path) if (found := endpoints.get(form))), None)
         if found is None:
             return None
         return found.get(method) or found.get("GET" if method == "HEAD" else "") or next(iter(found.values()))
@@ -255,7 +255,7 @@ class Edge:
         if point.admin and generation.authenticate is not None and not principal.admin:
             raise Refused("This needs a key with admin: true.", status=403, code="admin_only", type="permission_error")
         body = await self._body(generation, request) if point.method != "GET" else b""
-        query = Query(request.method, request.path, request.query, headers, body, principal)
+        query = Query(request.method, request.path, request.query, headers, body, principal, sent_identity(headers))
         if point.admin:
             return _answered(await self._ask(point, query))
         # It may stream: it is open as a call is, and is ended as one.
@@ -433,6 +433,12 @@ def _overloaded(bound: str, most: int) -> Overloaded:
 def _answered(answer: Answer) -> Response:
     fields = {"Server": "penstock", "Content-Type": answer.content_type, **answer.headers}
     return Response(answer.status, answer.body, fields)
+
+
+def _forms(path: str) -> tuple[str, str]:
+    """The paths of endpoints that `path` may mean: its last segment stands for `{id}`, or the one before that."""
+    whole, _, last = path.rpartition("/")
+    return f"{whole}/{{id}}", f"{whole.rpartition('/')[0]}/{{id}}/{last}"
 
 
 def _by_path(points: Iterable[Endpoint]) -> dict[str, dict[str, Endpoint]]:
