@@ -10,7 +10,7 @@ The one rule: anything else, and any doubt, goes the long way.
 from __future__ import annotations
 
 import re
-from operator import itemgetter
+from functools import lru_cache
 
 import orjson
 
@@ -27,7 +27,9 @@ TEXT = re.compile(rb'[^"\\\x00-\x1f]*(?:\\["\\bfnrt][^"\\\x00-\x1f]*)*')
 class Template:
     """What surrounds the text of a stream's text chunks. Learning is tried a few times: some vendors put a clock in."""
 
-    __slots__ = ("_after", "_before", "_lessons", "_ours", "_text", "_theirs", "after", "before", "head", "least", "tail")
+    __slots__ = (
+        "_after", "_before", "_lessons", "_ours", "_theirs", "after", "before", "head", "least", "tail",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._lessons = LESSONS
@@ -59,26 +61,34 @@ class Template:
         """The events that `data` begins with and that are of this template, rewritten; their number; what follows them.
 
         data: begins with an event. None is looked at singly: cut to their texts, they must give the same bytes when put together
-        again, which also proves the blank lines (0.25 us per chunk of a read of a hundred, one by one 1.0; a split at one byte
-        takes half as long as a split at two).
+        again, which also proves what stands between them. A text is looked for up to its quote, and from there a regular
+        expression jumps over what is the same each time (0.13 us per chunk of a read of a hundred; cut at the line breaks 0.2,
+        one by one 1.0).
         """
-        before, after = self._before, self.after
+        before = self._before
         if not data.startswith(before):
             return None
-        events = data.split(b"\n")[::2]
-        events.pop()
-        while events and not (events[-1].endswith(after) and events[-1].startswith(before)):
-            events.pop()
-        texts = list(map(self._text, events))
-        together = b"%b%b%b\n\n" % (before, self._theirs.join(texts), after)
-        if not data.startswith(together) or not _all_plain(texts):
-            good = next((number for number, event in enumerate(events) if self.fill(event[6:]) is None), len(events))
-            if not good:
-                return None
-            texts, together = texts[:good], b"%b%b%b\n\n" % (before, self._theirs.join(texts[:good]), after)
-            if not data.startswith(together):
-                return None
+        last = data.rfind(before) + len(before)
+        # Backslashes are looked for in the whole read, which takes no time; only few reads have any.
+        pattern = _cutters(len(self._theirs))[b"\\" in data]
+        texts: list[bytes] = pattern.findall(data, len(before), last)
+        if (end := data.find(self._after, last)) >= 0:
+            texts.append(data[last:end])
+        found = self._rewritten(data, texts)
+        return found or self._rewritten(data, self._one_by_one(data))
+
+    def _rewritten(self, data: bytes, texts: list[bytes]) -> tuple[Run, int, bytes] | None:
+        """`run` of a `data` that begins with the events of these texts; None where it does not, or they are not all plain."""
+        together = b"%b%b%b" % (self._before, self._theirs.join(texts), self._after)
+        if not texts or not data.startswith(together) or not _all_plain(texts):
+            return None
         return Run(self.head + self._ours.join(texts) + self.tail), len(texts), data[len(together) :]
+
+    def _one_by_one(self, data: bytes) -> list[bytes]:
+        """The texts of the events before the first that is not of this template."""
+        events = data.split(b"\n")[:-1:2]
+        good = next((number for number, event in enumerate(events) if self.fill(event[6:]) is None), len(events))
+        return [event[len(self._before) : -len(self.after)] for event in events[:good]]
 
     def learn(self, payload: bytes, chunk: Chunk) -> None:
         """Take a text chunk as the template. payload: the provider's bytes; chunk: the same, decoded and stamped."""
@@ -93,9 +103,15 @@ class Template:
         self.head, self.tail = ours
         self.least = len(self.before) + len(self.after)
         self._before, self._after = b"data: " + self.before, self.after + b"\n\n"
-        self._text = itemgetter(slice(len(self._before), -len(self.after)))
         self._theirs = b"%b\n\ndata: %b" % (self.after, self.before)
         self._ours = self.tail + self.head
+
+
+@lru_cache(256)
+def _cutters(gap: int) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
+    """What finds the texts between which `gap` bytes stand, of which the first is a quote: texts that have no quote, and any."""
+    between = b'"(?s:.{%d})' % (gap - 1)
+    return re.compile(rb'([^"]+)' + between), re.compile(rb'([^"\\]*(?:\\.[^"\\]*)*)' + between)
 
 
 def _all_plain(texts: list[bytes]) -> bool:
