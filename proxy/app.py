@@ -26,10 +26,11 @@ from proxy.config import Config
 from proxy.configfile import ConfigFile
 from proxy.demo import DemoTransport
 from proxy.exchange import SETTLE_SECONDS, Exchange
+from proxy.generation import Generation, ServerSettings
 from proxy.generations import Generations
 from proxy.pipeline import Answer, Endpoint, Middleware, Query, ask_one, share
 from proxy.reload import Record, Reloader
-from proxy.server import Edge, Generation, ServerSettings
+from proxy.server import Edge
 from proxy.sockets import listen
 from proxy.transport import Transport
 from proxy.upstream import HttpTransport

@@ -11,24 +11,23 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import orjson
 import structlog
 
-from proxy.admission import ANYBODY, Defaults, Readers, admit, parse_json, request_id, sent_identity
+from proxy.admission import ANYBODY, admit, parse_json, request_id, sent_identity
 from proxy.call import Call, Principal, altered
 from proxy.delivery import Response
 from proxy.errors import Draining, GatewayError, Outcome, Overloaded, Refused, UpstreamTimeout, why_cancelled
 from proxy.faces import FACES, Face
+from proxy.generation import Generation
 from proxy.http import Request, allow, check_json, error_response, head_headers, json_response
 from proxy.keepalive import kept_alive, told
-from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query, Streamed, ask_one
+from proxy.pipeline import Answer, Endpoint, Handler, Query, Streamed, ask_one
 from proxy.relay import Relay
 from proxy.reply import Reply
-from proxy.routing import Directory
 from proxy.sockets import Server
 
 log = structlog.get_logger("penstock")
@@ -41,65 +40,6 @@ MODELS = tuple(base + "/models" for base in BASES)
 FACES_BY_KIND: Mapping[str, Face] = {face.KIND: face for face in FACES.values()}
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 OPERATOR = Principal("operator", admin=True)
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """What the operator decides about the edge. Sizes in bytes, times in seconds.
-
-    loopback_only: refuse every Host but localhost, 127.0.0.1 and [::1], which keeps web pages (DNS rebinding) out of a gateway
-    that has no auth; admin_loopback_only the same for the admin address, which never has.
-    max_streams: calls that are open at a time, max_waiting: those among them that wait for their reply; 0 is no bound.
-    """
-
-    max_body: int = 32 * 2**20
-    body_timeout: float = 30.0
-    write_timeout: float = 60.0
-    loopback_only: bool = True
-    admin_loopback_only: bool = True
-    max_streams: int = 0
-    max_waiting: int = 0
-    defaults: Defaults = field(default_factory=Defaults)
-
-
-class Generation:
-    """What one config makes of requests; a reload puts another in its place, and requests keep the one that they began with.
-
-    handler: the composed pipeline. directory: where model names lead. layers: the middleware, whose endpoints, request fields and
-    authentication are served by the edge. open: how many requests are in it.
-    """
-
-    __slots__ = (
-        "_ended", "allows", "authenticate", "directory", "endpoints", "handler", "layers", "open", "readers", "refused",
-        "settings",
-    )  # fmt: skip
-
-    def __init__(
-        self, handler: Handler, directory: Directory, settings: ServerSettings, layers: Sequence[Middleware] = ()
-    ) -> None:
-        self.handler = handler
-        self.directory = directory
-        self.settings = settings
-        self.layers = layers
-        self.authenticate = next((found for layer in layers if (found := getattr(layer, "authenticate", None))), None)
-        self.allows = next((found for layer in layers if (found := getattr(layer, "allows", None))), None)
-        self.endpoints = _by_path(point for layer in layers for point in getattr(layer, "endpoints", ()))
-        self.readers = Readers.of(layers)
-        self.refused = [layer.refused for layer in layers if hasattr(layer, "refused")]
-        self.open = 0
-        self._ended: asyncio.Event | None = None
-
-    def leave(self) -> None:
-        """A request is over."""
-        self.open -= 1
-        if not self.open and self._ended is not None:
-            self._ended.set()
-
-    async def ended(self) -> None:
-        """Wait until no request is in it. Only of use once no further one can come."""
-        if self.open:
-            self._ended = asyncio.Event()
-            await self._ended.wait()
 
 
 class Edge:
@@ -229,11 +169,7 @@ class Edge:
         """The endpoint at a path that takes this method, or any that is there. generation: the current one if none is given."""
         if path == "/readyz":
             return Endpoint("GET", path, self._verbose, admin=True)
-        endpoints = (generation or self.generation).endpoints
-        found = endpoints.get(path) or next((found for form in _forms(path) if (found := endpoints.get(form))), None)
-        if found is None:
-            return None
-        return found.get(method) or found.get("GET" if method == "HEAD" else "") or next(iter(found.values()))
+        return (generation or self.generation).point(path, method)
 
     def _signed(self, generation: Generation, request: Request) -> Endpoint | None:
         """The endpoint that looks at the token in this URL instead of at a key."""
@@ -433,17 +369,3 @@ def _overloaded(bound: str, most: int) -> Overloaded:
 def _answered(answer: Answer) -> Response:
     fields = {"Server": "penstock", "Content-Type": answer.content_type, **answer.headers}
     return Response(answer.status, answer.body, fields)
-
-
-def _forms(path: str) -> tuple[str, str]:
-    """The paths of endpoints that `path` may mean: its last segment stands for `{id}`, or the one before that."""
-    whole, _, last = path.rpartition("/")
-    return f"{whole}/{{id}}", f"{whole.rpartition('/')[0]}/{{id}}/{last}"
-
-
-def _by_path(points: Iterable[Endpoint]) -> dict[str, dict[str, Endpoint]]:
-    """Endpoints by path, then by method."""
-    found: dict[str, dict[str, Endpoint]] = {}
-    for point in points:
-        found.setdefault(point.path, {})[point.method] = point
-    return found

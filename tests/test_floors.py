@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "proxy.upstream.*", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.keepalive", "proxy.delivery", "proxy.http",
         "proxy.lane", "proxy.sockets", "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema",
-        "proxy.wording", "proxy.configfile", "proxy.changes",
+        "proxy.wording", "proxy.configfile", "proxy.changes", "proxy.generation",
     ),
     ("proxy.server",),
     ("proxy.generations", "proxy.reload"),
