@@ -24,6 +24,7 @@ from proxy.admission import Defaults
 from proxy.changes import changes
 from proxy.config import Config
 from proxy.configfile import ConfigFile
+from proxy.cors import Cors, Policy
 from proxy.demo import DemoTransport
 from proxy.exchange import SETTLE_SECONDS, Exchange
 from proxy.generation import Generation, ServerSettings
@@ -197,6 +198,7 @@ def _settings(config: Config, layers: Sequence[Middleware], worker: int) -> Serv
         defaults=Defaults(
             config.usage_on_finish, server.strict_params, server.max_depth, server.keepalive_after, server.keepalive_interval
         ),
+        cors=Cors(Policy(**dict(server.cors))) if server.cors is not None else None,
     )
 
 

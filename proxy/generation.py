@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from proxy.admission import Defaults, Readers
+from proxy.cors import Cors
 from proxy.pipeline import Endpoint, Handler, Middleware
 from proxy.routing import Directory
 
@@ -22,6 +23,7 @@ class ServerSettings:
     loopback_only: refuse every Host but localhost, 127.0.0.1 and [::1], which keeps web pages (DNS rebinding) out of a gateway
     that has no auth; admin_loopback_only the same for the admin address, which never has.
     max_streams: calls that are open at a time, max_waiting: those among them that wait for their reply; 0 is no bound.
+    cors: for pages of other origins; None where it is off, and then nothing looks at an Origin.
     """
 
     max_body: int = 32 * 2**20
@@ -32,6 +34,7 @@ class ServerSettings:
     max_streams: int = 0
     max_waiting: int = 0
     defaults: Defaults = field(default_factory=Defaults)
+    cors: Cors | None = None
 
 
 class Generation:
@@ -42,7 +45,7 @@ class Generation:
     """
 
     __slots__ = (
-        "_ended", "allows", "authenticate", "directory", "endpoints", "handler", "layers", "open", "readers", "refused",
+        "_ended", "allows", "authenticate", "cors", "directory", "endpoints", "handler", "layers", "open", "readers", "refused",
         "settings",
     )  # fmt: skip
 
@@ -52,6 +55,7 @@ class Generation:
         self.handler = handler
         self.directory = directory
         self.settings = settings
+        self.cors = settings.cors
         self.layers = layers
         self.authenticate = next((found for layer in layers if (found := getattr(layer, "authenticate", None))), None)
         self.allows = next((found for layer in layers if (found := getattr(layer, "allows", None))), None)

@@ -11,14 +11,15 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import orjson
 import structlog
 
 from proxy.admission import ANYBODY, admit, parse_json, request_id, sent_identity
 from proxy.call import Call, Principal, altered
+from proxy.cors import is_preflight
 from proxy.delivery import Response
 from proxy.errors import Draining, GatewayError, Outcome, Overloaded, Refused, UpstreamTimeout, why_cancelled
 from proxy.faces import FACES, Face
@@ -38,6 +39,7 @@ BASES = ("", "/v1", "/v2", "/api/v1", "/v2/proxy", "/v2/router", "/v3/router")
 ENDPOINTS: Mapping[str, Face] = {base + path: face for base in BASES for path, face in FACES.items()}
 MODELS = tuple(base + "/models" for base in BASES)
 FACES_BY_KIND: Mapping[str, Face] = {face.KIND: face for face in FACES.values()}
+HEALTH = ("/healthz", "/readyz")
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 OPERATOR = Principal("operator", admin=True)
 
@@ -70,7 +72,12 @@ class Edge:
 
     def server(self, *, admin: bool = False) -> Server:
         """The server for this edge. admin: the second address, for scrapers and operators, without auth."""
-        return Server(self.handle_admin if admin else self.handle)
+        return Server(self.handle_admin) if admin else Server(self.handle, self._lines)
+
+    def _lines(self, origin: str) -> str:
+        """What every answer to a request from this origin says, `*` and all."""
+        cors = self.generation.cors
+        return cors.lines(origin) if cors is not None else ""
 
     @property
     def open_calls(self) -> int:
@@ -100,6 +107,8 @@ class Edge:
         identity = request_id(headers)
         generation = self.generation
         generation.open += 1
+        if generation.cors is not None:
+            delivery.lines = generation.cors.lines(headers.get("origin", ""))
         try:
             response = await self._dispatch(generation, request, headers, identity)
         except GatewayError as error:
@@ -124,11 +133,17 @@ class Edge:
         self, generation: Generation, request: Request, headers: Mapping[str, str], identity: str
     ) -> Response | None:
         """The answer, or None where it has been sent."""
-        path = request.path
-        if path in ("/healthz", "/readyz") and "verbose" not in request.query:
+        path, cors = request.path, generation.cors
+        if cors is not None and is_preflight(request.method, headers):
+            self._check_host(headers.get("host", ""), generation.settings.loopback_only)
+            return cors.preflight(headers, self._methods(generation, path) or _nothing(request))
+        if path in HEALTH and "verbose" not in request.query:
             allow(request, "GET", "HEAD")
             return self._health(path)
         self._check_host(headers.get("host", ""), generation.settings.loopback_only)
+        if cors is not None and generation.authenticate is None:
+            # Else a page needs a key. Here its requests would be served, and merely their answers be hidden from it.
+            cors.check(headers.get("origin", ""))
         if point := self._signed(generation, request):
             return await self._serve(generation, point, request, headers, ANYBODY, identity)
         principal = generation.authenticate(headers) if generation.authenticate is not None else ANYBODY
@@ -141,7 +156,16 @@ class Edge:
             if path == models or path.startswith(models + "/"):
                 allow(request, "GET")
                 return self._models(generation, path[len(models) + 1 :], principal)
-        raise Refused(f"There is nothing at {request.method} {path[:200]}.", status=404, code="unknown_path")
+        return _nothing(request)
+
+    def _methods(self, generation: Generation, path: str) -> Sequence[str]:
+        """Those that a path takes; none where there is nothing."""
+        if path in ENDPOINTS:
+            return ("POST",)
+        if path in HEALTH or any(path == models or path.startswith(models + "/") for models in MODELS):
+            return ("GET", "HEAD") if path in HEALTH else ("GET",)
+        found = generation.at(path) or ()
+        return (*found, "HEAD") if "GET" in found else (*found,)
 
     async def handle_admin(self, request: Request) -> None:
         """One request on the admin address: health and the middleware's endpoints, nothing else, for whoever can reach it."""
@@ -158,7 +182,7 @@ class Edge:
 
     async def _dispatch_admin(self, generation: Generation, request: Request) -> Response | None:
         self._check_host(request.headers.get("host", ""), generation.settings.admin_loopback_only)
-        if request.path in ("/healthz", "/readyz") and "verbose" not in request.query:
+        if request.path in HEALTH and "verbose" not in request.query:
             allow(request, "GET", "HEAD")
             return self._health(request.path)
         if point := self.point(request.path, request.method, generation):
@@ -364,6 +388,10 @@ class Edge:
 
 def _overloaded(bound: str, most: int) -> Overloaded:
     return Overloaded(f"The gateway has as many open calls as server.{bound} allows ({most}).", headers={"Retry-After": "1"})
+
+
+def _nothing(request: Request) -> NoReturn:
+    raise Refused(f"There is nothing at {request.method} {request.path[:200]}.", status=404, code="unknown_path")
 
 
 def _answered(answer: Answer) -> Response:
