@@ -110,8 +110,9 @@ def admit(
     request_id: str,
     principal: Principal = ANYBODY,
     readers: Readers = NO_READERS,
+    peer: Callable[[], str] = str,
 ) -> Call:
-    """The call. headers: the client's, whatever the case of their names. Raises Refused (400, 403, 404)."""
+    """The call. headers: the client's, whatever the case of their names. peer: see Call. Raises Refused (400, 403, 404)."""
     model = body.get("model")
     if model is None and isinstance(several := body.get("models"), list) and several:
         model = several[0]  # OpenRouter's clients may name several models and none
@@ -141,6 +142,7 @@ def admit(
         route=route,
         targets=route.targets,
         headers=headers,
+        peer=peer,
     )
     for read in readers.admits:
         call = read(call, own)

@@ -7,7 +7,7 @@ findings) lives in `extensions`, keyed by its own class.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -137,7 +137,8 @@ class Call:
     id: the request id, shown to the client. nonce: unique even where a client repeats its request id; minted ids derive from it.
     created: Unix seconds at which the request was read.
     request: the JSON body without the gateway's own fields. model: as the client spelled it.
-    headers: the client's, whatever the case of their names.
+    headers: the client's, whatever the case of their names. peer: says the address at the other end of its connection, "" where
+    there is none (any more).
     targets: where the model leads, in order; whoever chooses may reorder them.
     target: the one that the current attempt is made at.
     deadline: when everything must be over, by the event loop's clock. name: the tracking name. identity: the client's user.
@@ -160,6 +161,7 @@ class Call:
     deadline: float | None = None
     limits: Limits = Limits()
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    peer: Callable[[], str] = field(default=str, repr=False, compare=False)
     extensions: Mapping[type, object] = field(default_factory=dict)
 
     def extension(self, key: type[T]) -> T | None:

@@ -292,7 +292,8 @@ class Edge:
             body = parse_json(raw, settings.defaults.max_depth)
             face.check(body)
             directory, readers = generation.directory, generation.readers
-            call = admit(body, face.KIND, headers, directory, settings.defaults, identity, principal, readers)
+            peer = request.delivery.peer
+            call = admit(body, face.KIND, headers, directory, settings.defaults, identity, principal, readers, peer)
             waiting = handler(call) if call.deadline is None else self._in_time(handler, call)
             if call.options.keepalive_after and call.stream and call.kind != "embeddings":
                 waiting = kept_alive(waiting, call, request.delivery)
