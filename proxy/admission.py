@@ -58,16 +58,19 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """What the middleware reads of requests. fields: never sent upstream. admits: each may add to the call, or refuse it."""
+    """What the middleware reads of requests. fields: never sent upstream. admits: each may add to the call, or refuse it. peer:
+    some of it wants to know who is at the other end."""
 
     fields: frozenset[str] = GATEWAY_FIELDS
     admits: tuple[Callable[[Call, OwnFields], Call], ...] = ()
+    peer: bool = False
 
     @classmethod
     def of(cls, layers: Sequence[object]) -> Readers:
         """Those of the layers that have `FIELDS` or `admit`, in their order."""
         fields = GATEWAY_FIELDS.union(*(getattr(layer, "FIELDS", ()) for layer in layers))
-        return cls(fields, tuple(layer.admit for layer in layers if hasattr(layer, "admit")))
+        admits = tuple(layer.admit for layer in layers if hasattr(layer, "admit"))
+        return cls(fields, admits, any(getattr(layer, "NEEDS_PEER", False) for layer in layers))
 
 
 NO_READERS = Readers()
@@ -110,9 +113,8 @@ def admit(
     request_id: str,
     principal: Principal = ANYBODY,
     readers: Readers = NO_READERS,
-    peer: Callable[[], str] = str,
 ) -> Call:
-    """The call. headers: the client's, whatever the case of their names. peer: see Call. Raises Refused (400, 403, 404)."""
+    """The call. headers: the client's, whatever the case of their names. Raises Refused (400, 403, 404)."""
     model = body.get("model")
     if model is None and isinstance(several := body.get("models"), list) and several:
         model = several[0]  # OpenRouter's clients may name several models and none
@@ -142,7 +144,6 @@ def admit(
         route=route,
         targets=route.targets,
         headers=headers,
-        peer=peer,
     )
     for read in readers.admits:
         call = read(call, own)

@@ -101,6 +101,16 @@ class Principal:
 
 
 @dataclass(frozen=True, slots=True)
+class Peer:
+    """The other end of the client's connection, in `Call.extensions` where some middleware has `NEEDS_PEER`.
+
+    address: says it, "" where there is none (any more). It costs a look at the socket, so whoever needs it asks.
+    """
+
+    address: Callable[[], str] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """How long an upstream may be silent, in seconds; None is no limit.
 
@@ -137,8 +147,7 @@ class Call:
     id: the request id, shown to the client. nonce: unique even where a client repeats its request id; minted ids derive from it.
     created: Unix seconds at which the request was read.
     request: the JSON body without the gateway's own fields. model: as the client spelled it.
-    headers: the client's, whatever the case of their names. peer: says the address at the other end of its connection, "" where
-    there is none (any more).
+    headers: the client's, whatever the case of their names.
     targets: where the model leads, in order; whoever chooses may reorder them.
     target: the one that the current attempt is made at.
     deadline: when everything must be over, by the event loop's clock. name: the tracking name. identity: the client's user.
@@ -161,7 +170,6 @@ class Call:
     deadline: float | None = None
     limits: Limits = Limits()
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    peer: Callable[[], str] = field(default=str, repr=False, compare=False)
     extensions: Mapping[type, object] = field(default_factory=dict)
 
     def extension(self, key: type[T]) -> T | None:

@@ -20,7 +20,7 @@ from middleware.limits.bounds import wanted_output
 from middleware.limits.client import Proxies
 from middleware.limits.meters import Meters
 from middleware.limits.subjects import IDLE_SECONDS, Subjects
-from proxy.call import Call, Principal, Route
+from proxy.call import Call, Peer, Principal, Route
 from proxy.config import ConfigError
 from proxy.errors import Outcome, Refused, UpstreamError
 from proxy.estimate import estimated_input
@@ -71,6 +71,11 @@ def answers(reply: Reply | BaseException | None = None) -> Handler:
 def call_of(key: str = "web", **fields: Any) -> Call:
     facts = fields.pop("facts", {})
     return make_call(fields.pop("request", {"messages": []}), principal=Principal(key, facts=facts), **fields)
+
+
+def at(address: str) -> dict[type, object]:
+    """The extensions of a call from there."""
+    return {Peer: Peer(lambda: address)}
 
 
 async def settled(limits: Limits) -> None:
@@ -299,7 +304,7 @@ class TestSlots:
     async def test_every_outcome_frees_it_once(self, outcome: Outcome) -> None:
         one: Any = {"concurrent": 1}
         limits = Limits(per_key=one, per_name=one, per_identity=one, per_client=one)
-        call = call_of(name="bot", identity="anna", peer=lambda: "192.0.2.1")
+        call = call_of(name="bot", identity="anna", extensions=at("192.0.2.1"))
         reply = await limits(call, answers())
         reply.trailer.end(outcome)
         reply.trailer.end(Outcome.CANCELLED)
@@ -549,10 +554,10 @@ class TestClients:
     async def test_a_keys_figures_for_its_clients_go_before_those_for_all(self, clock: Clock) -> None:
         limits = Limits(per_client={"requests_per_minute": 3, "concurrent": 50})
         own = {"limits": {"requests_per_minute": 8, "per_client": {"requests_per_minute": 5}}}
-        one, two = (call_of("page", facts=own, peer=lambda host=host: f"192.0.2.{host}") for host in (1, 2))
+        one, two = (call_of("page", facts=own, extensions=at(f"192.0.2.{host}")) for host in (1, 2))
         assert await admitted(limits, one, 9) == 5
         assert await admitted(limits, two, 9) == 3, "all that is left of the key's own eight"
-        assert await admitted(limits, call_of("server", peer=lambda: "192.0.2.1"), 9) == 3
+        assert await admitted(limits, call_of("server", extensions=at("192.0.2.1")), 9) == 3
 
     async def test_where_only_a_keys_entry_asks_for_it_others_are_not_counted(self, clock: Clock) -> None:
         limits = Limits()

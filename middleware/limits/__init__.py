@@ -20,7 +20,7 @@ from middleware.limits.client import Proxies
 from middleware.limits.lease import Lease, Limited, Share
 from middleware.limits.meters import Meters
 from middleware.limits.subjects import Subjects
-from proxy.call import Call
+from proxy.call import Call, Peer
 from proxy.estimate import estimated_input
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Handler, Sample, Surroundings
@@ -43,6 +43,8 @@ class Limits:
     are told apart, each; further ones of a key share one allowance. max_messages, max_tools, max_choices, max_input_bytes
     (of the messages as JSON): what one request may bring, 400 beyond. Nesting is bounded by server.max_depth.
     """
+
+    NEEDS_PEER = True
 
     def __init__(
         self,
@@ -121,7 +123,8 @@ class Limits:
 
     def _label(self, kind: str, call: Call) -> str | None:
         if kind == "client":
-            return self._proxies.client(call.peer(), call.headers)
+            peer = call.extension(Peer)
+            return self._proxies.client(peer.address() if peer is not None else "", call.headers)
         return call.identity if kind == "identity" else call.name
 
     def _parts(self, rates: Mapping[str, int]) -> Mapping[str, int]:
