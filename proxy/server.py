@@ -7,12 +7,10 @@ The one rule: nothing is read of a body before the path, the method, the Host an
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import orjson
 import structlog
@@ -21,12 +19,13 @@ from proxy.admission import ANYBODY, admit, parse_json, request_id, sent_identit
 from proxy.call import Call, Peer, Principal, altered
 from proxy.cors import is_preflight
 from proxy.delivery import Response
-from proxy.errors import Draining, GatewayError, Outcome, Overloaded, Refused, UpstreamTimeout, why_cancelled
+from proxy.errors import GatewayError, Refused
 from proxy.faces import FACES, Face
 from proxy.generation import Generation
 from proxy.http import Request, allow, check_json, error_response, head_headers, json_response
 from proxy.keepalive import kept_alive, told
-from proxy.pipeline import Answer, Endpoint, Handler, Query, Streamed, ask_one
+from proxy.open_calls import OpenCalls, in_time
+from proxy.pipeline import Answer, Endpoint, Query, Streamed, ask_one
 from proxy.relay import Relay
 from proxy.reply import Reply
 from proxy.sockets import Server
@@ -34,7 +33,6 @@ from proxy.sockets import Server
 log = structlog.get_logger("penstock")
 
 Json = dict[str, Any]
-T = TypeVar("T")
 BASES = ("", "/v1", "/v2", "/api/v1", "/v2/proxy", "/v2/router", "/v3/router")
 ENDPOINTS: Mapping[str, Face] = {base + path: face for base in BASES for path, face in FACES.items()}
 MODELS = tuple(base + "/models" for base in BASES)
@@ -44,7 +42,7 @@ LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 OPERATOR = Principal("operator", admin=True)
 
 
-class Edge:
+class Edge(OpenCalls):
     """Serves calls. generation: what serves the next request; assign another to reload. ask: how endpoints are asked; several
     workers ask each other, too. state: what `/readyz?verbose` says beside the rest.
     """
@@ -55,16 +53,10 @@ class Edge:
         ask: Callable[[Endpoint, Query], Awaitable[Answer]] = ask_one,
         state: Callable[[], Json] = dict,
     ) -> None:
-        self.generation = generation
+        super().__init__(generation)
         self._ask = ask
         self._state = state
-        self._active: dict[asyncio.Task[Any], Relay | None] = {}
-        self._relaying = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._ending = False
         self._ready = True
-        self.draining = False
 
     def not_ready(self) -> None:
         """`/readyz` says no from now on, while calls are still accepted, so that a load balancer turns away first."""
@@ -78,28 +70,6 @@ class Edge:
         """What every answer to a request from this origin says, `*` and all."""
         cors = self.generation.cors
         return cors.lines(origin) if cors is not None else ""
-
-    @property
-    def open_calls(self) -> int:
-        return len(self._active)
-
-    @property
-    def waiting_calls(self) -> int:
-        """Calls that have been let in and whose reply is not there yet."""
-        return len(self._active) - self._relaying
-
-    @property
-    def max_streams(self) -> int:
-        return self.generation.settings.max_streams
-
-    @property
-    def max_waiting(self) -> int:
-        return self.generation.settings.max_waiting
-
-    @property
-    def buffered(self) -> int:
-        """Bytes that are waiting for clients to take them, over all streams."""
-        return sum(relay.buffered for relay in self._active.values() if relay is not None)
 
     async def handle(self, request: Request) -> None:
         """One HTTP request, from its head to its answer."""
@@ -162,8 +132,10 @@ class Edge:
         """Those that a path takes; none where there is nothing."""
         if path in ENDPOINTS:
             return ("POST",)
-        if path in HEALTH or any(path == models or path.startswith(models + "/") for models in MODELS):
-            return ("GET", "HEAD") if path in HEALTH else ("GET",)
+        if path in HEALTH:
+            return ("GET", "HEAD")
+        if any(path == models or path.startswith(models + "/") for models in MODELS):
+            return ("GET",)
         found = generation.at(path) or ()
         return (*found, "HEAD") if "GET" in found else (*found,)
 
@@ -219,16 +191,16 @@ class Edge:
         if point.admin:
             return _answered(await self._ask(point, query))
         # It may stream: it is open as a call is, and is ended as one.
-        task = self._enter()
+        task = self.enter()
         try:
-            answer = await self._unless_ended(self._ask(point, query))
+            answer = await self.unless_ended(self._ask(point, query))
             if not isinstance(answer, Streamed):
                 return _answered(answer)
             call = altered(answer.call, id=identity)
             await self._relayed(generation, request, call, answer.reply, FACES_BY_KIND[call.kind], 0.0)
             return None
         finally:
-            self._leave(task)
+            self.leave(task)
 
     def _health(self, path: str) -> Response:
         if path == "/readyz" and not self._ready:
@@ -281,115 +253,45 @@ class Edge:
         principal: Principal,
     ) -> Response | None:
         """One call through the pipeline. It can be ended from outside (`end_all`) at every stage."""
-        task = self._enter()
+        task = self.enter()
         try:
             started = time.perf_counter()
             check_json(headers)
             settings, handler = generation.settings, generation.handler
             raw = request.at_hand(settings.max_body)
             if raw is None:
-                raw = await self._unless_ended(self._body(generation, request))
+                raw = await self.unless_ended(self._body(generation, request))
             body = parse_json(raw, settings.defaults.max_depth)
             face.check(body)
             directory, readers = generation.directory, generation.readers
             call = admit(body, face.KIND, headers, directory, settings.defaults, identity, principal, readers)
             if readers.peer:
                 call = altered(call, extensions={**call.extensions, Peer: Peer(request.delivery.peer)})
-            waiting = handler(call) if call.deadline is None else self._in_time(handler, call)
+            waiting = handler(call) if call.deadline is None else in_time(handler, call)
             if call.options.keepalive_after and call.stream and call.kind != "embeddings":
                 waiting = kept_alive(waiting, call, request.delivery)
             try:
-                reply = await self._unless_ended(waiting)
+                reply = await self.unless_ended(waiting)
                 await self._relayed(generation, request, call, reply, face, time.perf_counter() - started)
                 return None
             except GatewayError as error:
                 return told(error, call, face, request.delivery)
         finally:
-            self._leave(task)
-
-    def _enter(self) -> asyncio.Task[Any]:
-        """The current task is open from now on, unless that is one too many. Nothing has been read of a call's body yet."""
-        task, settings = asyncio.current_task(), self.generation.settings
-        assert task is not None
-        if self.draining:
-            raise Draining("The gateway is shutting down.", headers={"Retry-After": "1"})
-        if 0 < settings.max_streams <= len(self._active):
-            raise _overloaded("max_streams", settings.max_streams)
-        if 0 < settings.max_waiting <= self.waiting_calls:
-            raise _overloaded("max_waiting", settings.max_waiting)
-        self._active[task] = None
-        self._idle.clear()
-        return task
-
-    def _leave(self, task: asyncio.Task[Any]) -> None:
-        del self._active[task]
-        if not self._active:
-            self._idle.set()
+            self.leave(task)
 
     async def _relayed(
         self, generation: Generation, request: Request, call: Call, reply: Reply, face: Face, seconds: float
     ) -> None:
         """The reply, written out to its end. Raises GatewayError as long as nothing was sent."""
         relay = Relay(request.delivery, call, reply, face, generation.settings.write_timeout)
-        task = asyncio.current_task()
-        assert task is not None
-        self._active[task] = relay
-        self._relaying += 1
+        self.relays(relay)
         try:
             await relay.run(head_headers(call, reply.head, seconds))
         finally:
-            self._relaying -= 1
-
-    async def _in_time(self, handler: Handler, call: Call) -> Reply:
-        """The pipeline's reply, before the call's deadline."""
-        task = asyncio.current_task()
-        assert task is not None
-        assert call.deadline is not None
-        # The cancellation says why, so that whoever it passes through on its way does not take it for the client's leaving.
-        timer = asyncio.get_running_loop().call_at(call.deadline, task.cancel, Outcome.TIMEOUT_TOTAL)
-        try:
-            return await handler(call)
-        except asyncio.CancelledError as error:
-            if why_cancelled(error) is not Outcome.TIMEOUT_TOTAL:
-                raise
-            task.uncancel()
-            raise UpstreamTimeout("total", call.limits.total or 0.0) from None
-        finally:
-            timer.cancel()
-
-    async def _unless_ended(self, waiting: Awaitable[T]) -> T:
-        """What is waited for. A cancellation that `end_all` caused is told to the client; any other means that it is gone."""
-        try:
-            return await waiting
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not self._ending or task is None:
-                raise
-            task.uncancel()
-            raise Draining("The gateway is shutting down.", headers={"Retry-After": "1"}) from None
+            self.relayed()
 
     def _body(self, generation: Generation, request: Request) -> Awaitable[bytes]:
         return request.body(generation.settings.max_body, generation.settings.body_timeout)
-
-    async def drained(self, seconds: float) -> bool:
-        """Wait until no call is open, at most `seconds`."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._idle.wait()
-        return not self._active
-
-    def end_all(self) -> None:
-        """End every open call as `draining`: streams get an error chunk, calls without a reply a 503."""
-        self._ending = True
-        for task, relay in list(self._active.items()):
-            if relay is None:
-                task.cancel(Outcome.DRAINING)
-            else:
-                relay.interrupt(Draining("The gateway is shutting down."))
-
-
-def _overloaded(bound: str, most: int) -> Overloaded:
-    return Overloaded(f"The gateway has as many open calls as server.{bound} allows ({most}).", headers={"Retry-After": "1"})
 
 
 def _nothing(request: Request) -> NoReturn:

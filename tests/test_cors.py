@@ -27,7 +27,7 @@ from proxy.config import ConfigError, parse
 from proxy.cors import Cors, Policy
 from proxy.origins import Origins
 from tests.support.formats import FORMATS
-from tests.support.gateway import Answer, RawClient, chat, gateway, raw_request
+from tests.support.gateway import Answer, RawClient, chat, gateway, raw_request, until
 from tests.support.upstream import Upstream, whole
 
 Json = dict[str, Any]
@@ -169,13 +169,12 @@ class TestPreflight:
         assert "Access-Control-Allow-Private-Network" not in other.headers
 
     async def test_it_takes_no_slot_and_is_answered_while_the_gateway_is_full(self) -> None:
-        async with serving(ON + ", max_streams: 1", "resume") as here:
-            here.edge._active[asyncio.current_task()] = None  # type: ignore[index]
-            try:
-                found = [(await asked(here, preflight(path))).status for path in ("/v1/chat/completions", "/v1/streams/x")]
-            finally:
-                here.edge._active.clear()
-        assert found == [204, 204]
+        async with serving(ON + ", max_streams: 1", "resume") as here, RawClient(here.port) as busy:
+            await busy.send(raw_request(chat("demo/slow")))
+            await busy.first_byte()
+            refused = await asked(here, raw_request(chat("demo/slow"), Origin=APP))
+            found = [(await asked(here, preflight(path))).status for path in ("/v1/chat/completions", "/v1/streams/x")]
+        assert (refused.status, found) == (503, [204, 204])
 
 
 class TestAnswers:
@@ -212,17 +211,22 @@ class TestAnswers:
 
     @pytest.mark.parametrize("way", WAYS)
     async def test_limits_overload_and_drain_are_readable(self, way: str) -> None:
-        async with serving(ON + ", max_streams: 2", AUTH, "limits: {per_key: {requests_per_minute: 1}}") as here:
-            request = raw_request(chat(stream=False), Origin=APP, Authorization=f"Bearer {KEY}")
-            found = [await asked(here, request, way) for _ in range(2)]
-            here.edge._active.update(dict.fromkeys((object(), object())))  # type: ignore[arg-type]
+        bearer: Any = {"Authorization": f"Bearer {KEY}"}
+        async with serving(ON + ", max_streams: 1", AUTH, "limits: {per_key: {requests_per_minute: 1}}") as here:
+            request = raw_request(chat(stream=False), Origin=APP, **bearer)
+            async with RawClient(here.port) as busy:
+                await busy.send(raw_request(chat("demo/slow"), **bearer))
+                await busy.first_byte()
+                found = [await asked(here, request, way)]
+            await until(lambda: here.edge.open_calls == 0)
             found.append(await asked(here, request, way))
-            here.edge._active.clear()
             here.edge.draining = True
             found.append(await asked(here, request, way))
-        assert [answer.status for answer in found] == [200, 429, 503, 503]
-        assert [allowed(answer) for answer in found] == [READABLE] * 4
-        assert found[1].headers["Retry-After"]
+        assert [(answer.status, answer.json["error"]["code"]) for answer in found] == [
+            (503, "overloaded"), (429, "rate_limit_exceeded"), (503, "draining"),
+        ]  # fmt: skip
+        assert [allowed(answer) for answer in found] == [READABLE] * 3
+        assert all("Retry-After" in answer.headers for answer in found)
 
     async def test_what_the_gateway_fails_on_is_readable(self, monkeypatch: pytest.MonkeyPatch, lines: object) -> None:
         async with serving() as here:

@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "proxy.upstream.*", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.keepalive", "proxy.delivery", "proxy.http",
         "proxy.lane", "proxy.sockets", "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema",
         "proxy.wording", "proxy.configfile", "proxy.changes", "proxy.generation",
-        "proxy.cors",
+        "proxy.cors", "proxy.open_calls",
     ),
     ("proxy.server",),
     ("proxy.generations", "proxy.reload"),
@@ -46,7 +46,7 @@ CONFIG = {
 # Modules that serve one another on one floor, beside those that share a folder.
 CLIENT_SIDE = {
     "proxy.delivery", "proxy.http", "proxy.lane", "proxy.sockets", "proxy.relay", "proxy.keepalive", "proxy.cors",
-    "proxy.generation",
+    "proxy.generation", "proxy.open_calls",
 }  # fmt: skip
 # `app.run` hands over to the workers, each of which is a gateway of `app`.
 WORKERS = {"proxy.workers", "proxy.workers.supervisor", "proxy.workers.worker"}
