@@ -21,7 +21,7 @@ from proxy.origins import ANY, Origins
 # What clients of such gateways send; a browser may send these after one preflight. Lower case, as browsers ask.
 SENT = (
     "authorization", "content-type", "accept", "x-api-key", "api-key", "superagentkey", "last-event-id", "cache-control",
-    "idempotency-key", "x-request-id", "user-agent",
+    "idempotency-key", "x-request-id", "http-referer", "x-title", "user-agent",
 )  # fmt: skip
 # And these by how they begin: the official SDKs, other gateways' clients, our own.
 SENT_PREFIXES = ("x-penstock-", "x-orq-", "x-stainless-", "openai-", "anthropic-")
@@ -51,13 +51,12 @@ class Policy:
 class Cors:
     """A policy as it is applied. One per config."""
 
-    __slots__ = ("_cookies", "_everybody", "_extra", "_max_age", "_origins", "_shown")
+    __slots__ = ("_everybody", "_extra", "_max_age", "_origins", "_shown")
 
     def __init__(self, policy: Policy) -> None:
         self._origins = Origins(policy.origins)
         self._extra = frozenset(name.lower() for name in policy.headers)
         self._max_age = str(int(policy.max_age))
-        self._cookies = policy.credentials
         cookies = "Access-Control-Allow-Credentials: true\r\n" if policy.credentials else ""
         self._shown = f"{cookies}Access-Control-Expose-Headers: {', '.join(SHOWN) if policy.credentials else '*'}\r\n"
         self._everybody = f"Access-Control-Allow-Origin: *\r\n{self._shown}" if self._origins.everybody else ""

@@ -465,7 +465,8 @@ async def test_the_curl_of_the_docs_and_the_configs_beside_it() -> None:
 
 PAGE = """<!doctype html><meta charset=utf-8><script>
 const base = %s, found = {};
-const chat = (model, more) => ({ method: "POST", headers: { "Content-Type": "application/json", "X-Penstock-Name": "page" },
+const headers = { "Content-Type": "application/json", "X-Penstock-Name": "page", Authorization: "Bearer %s" };
+const chat = (model, more) => ({ method: "POST", headers,
   body: JSON.stringify({ model, messages: [{ role: "user", content: "Hello, page" }], ...more }) });
 async function look(name, path, options) {
   try {
@@ -476,9 +477,10 @@ async function look(name, path, options) {
 (async () => {
   await look("whole", "/v1/chat/completions", chat("demo/fast"));
   await look("stream", "/v1/chat/completions", chat("demo/fast", { stream: true }));
-  await look("models", "/v1/models", {});
+  await look("third", "/v1/chat/completions", chat("demo/fast"));
+  await look("models", "/v1/models", { headers });
   await look("error", "/v1/chat/completions", chat("nonesuch/x"));
-  await look("missing", "/v1/streams/str_none", { method: "DELETE", headers: { "X-Penstock-Name": "page" } });
+  await look("missing", "/v1/streams/str_none", { method: "DELETE", headers });
   await fetch("/told", { method: "POST", body: JSON.stringify(found) });
 })();
 </script>"""
@@ -500,7 +502,7 @@ async def pages(profile: Path) -> AsyncIterator[tuple[int, Callable[[str, int], 
 
     async def browsed(host: str, port: int) -> Json:
         nonlocal page
-        page = PAGE % json.dumps(f"http://127.0.0.1:{port}")
+        page = PAGE % (json.dumps(f"http://127.0.0.1:{port}"), KEY)
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile / host}", "--no-proxy-server"]
         none = asyncio.subprocess.DEVNULL
         process = await asyncio.create_subprocess_exec(browser, *flags, f"http://{host}:{own}/", stdout=none, stderr=none)
@@ -535,3 +537,16 @@ async def test_a_browser_lets_pages_read_what_the_operator_allowed_and_nothing_e
     assert (page["error"]["status"], json.loads(page["error"]["text"])["error"]["code"]) == (404, "model_not_found")
     assert (page["missing"]["status"], json.loads(page["missing"]["text"])["error"]["code"]) == (404, "stream_not_found")
     assert other == {name: {"refused": "TypeError: Failed to fetch"} for name in page}
+
+
+async def test_a_pages_key_is_of_no_use_to_another_page_and_an_error_tells_it_so(tmp_path: Path) -> None:
+    """Chromium: both origins may call, the key is bound to one of them, and has two requests a minute for each address."""
+    async with pages(tmp_path) as (port, browsed):
+        mine, other = (f"http://{host}:{port}" for host in ("127.0.0.1", "localhost"))
+        key = f'{{name: page, key: {KEY}, origins: ["{mine}"], limits: {{per_client: {{requests_per_minute: 2}}}}}}'
+        async with serving(f', cors: {{origins: ["{mine}", "{other}"]}}', "resume", f"auth: {{keys: [{key}]}}", "limits") as here:
+            page, stranger = [await browsed(host, here.port) for host in ("127.0.0.1", "localhost")]
+    assert [page[name]["status"] for name in ("whole", "stream", "third", "models")] == [200, 200, 429, 200]
+    assert json.loads(page["third"]["text"])["error"]["code"] == "rate_limit_exceeded"
+    assert {found["status"] for found in stranger.values()} == {403}
+    assert {json.loads(found["text"])["error"]["code"] for found in stranger.values()} == {"origin_not_allowed"}
