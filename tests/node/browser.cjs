@@ -1,0 +1,45 @@
+// A browser for the tests: each line of stdin is a chain of calls of Playwright's, beginning at the page, and is answered by a line.
+//
+//   NODE_PATH=examples/node_modules node browser.cjs <chromium>
+//   [["getByRole", "button", {"name": "Stop"}], ["click"]]  ->  {"found": null}
+//
+// ["open", url] begins with a fresh profile. The one rule: an error that a page did not catch fails the next call.
+"use strict";
+
+const { createInterface } = require("node:readline");
+const { chromium } = require("playwright-core");
+
+const args = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"];
+args.push("--disable-component-update", "--disable-sync", "--no-proxy-server");
+const tell = (found) => process.stdout.write(JSON.stringify(found) + "\n");
+
+let context, page, uncaught;
+
+async function open(browser, url) {
+  await context?.close();
+  uncaught = [];
+  context = await browser.newContext({ viewport: { width: 760, height: 560 }, deviceScaleFactor: 2, colorScheme: "light" });
+  context.setDefaultTimeout(5000);
+  page = await context.newPage();
+  page.on("pageerror", (error) => uncaught.push(String(error)));
+  await page.goto(url);
+}
+
+async function run(browser, chain) {
+  if (chain[0][0] === "open") return open(browser, chain[0][1]);
+  let found = page;
+  for (const [method, ...given] of chain) found = await found[method](...given);
+  if (uncaught.length) throw new Error(uncaught.splice(0).join("; "));
+  return typeof found === "object" && !Array.isArray(found) ? null : found;
+}
+
+(async () => {
+  const browser = await chromium.launch({ executablePath: process.argv[2], args });
+  for await (const line of createInterface({ input: process.stdin })) {
+    await run(browser, JSON.parse(line)).then(
+      (found) => tell({ found: found ?? null }),
+      (error) => tell({ error: String(error) }),
+    );
+  }
+  await browser.close();
+})();

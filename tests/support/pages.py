@@ -1,0 +1,90 @@
+"""The examples' pages for a test: the built pages served as `npm start` serves them, and a Chromium that looks at them.
+
+Strategy: one browser per test run, driven by Playwright in a Node process that takes a chain of its calls per line; one server of
+`examples/serve.ts` per test, told where the test's gateway is.
+The one rule: a test waits for what a page shows, never for a time to pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+ROOT = Path(__file__).parent.parent.parent
+SERVER = ROOT / "examples" / "dist" / "server" / "serve.js"
+
+
+class Browser:
+    """The driver of tests/node/browser.cjs. A context manager; `chromium` and `node` are programs' paths."""
+
+    def __init__(self, node: str, env: Mapping[str, str], chromium: str) -> None:
+        command = [node, str(ROOT / "tests" / "node" / "browser.cjs"), chromium]
+        self._driver = subprocess.Popen(command, env=dict(env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._driver as driver:
+            assert driver.stdin is not None
+            driver.stdin.close()  # and with it the browser
+
+    async def open(self, url: str) -> None:
+        """A page in a fresh profile."""
+        await self.do(["open", url])
+
+    async def do(self, *chain: list[Any]) -> Any:
+        """Playwright's calls one behind another, from the page on: what the last one gives, where that is JSON."""
+        return await asyncio.to_thread(self._do, chain)
+
+    async def sees(self, text: str, role: str = "log") -> None:
+        """Waits until the element of a role shows a text among others."""
+        await self.do(["getByRole", role], ["filter", {"hasText": text}], ["waitFor"])
+
+    async def misses(self, role: str) -> None:
+        """Waits until there is no element of a role."""
+        await self.do(["getByRole", role], ["waitFor", {"state": "detached"}])
+
+    async def text(self, role: str = "log") -> str:
+        found: str = await self.do(["getByRole", role], ["innerText"])
+        return found
+
+    async def press(self, name: str) -> None:
+        await self.do(["getByRole", "button", {"name": name}], ["click"])
+
+    async def ask(self, question: str) -> None:
+        await self.do(["getByLabel", "Message"], ["fill", question])
+        await self.do(["getByLabel", "Message"], ["press", "Enter"])
+
+    def _do(self, chain: tuple[list[Any], ...]) -> Any:
+        assert self._driver.stdin is not None
+        assert self._driver.stdout is not None
+        self._driver.stdin.write(json.dumps(chain) + "\n")
+        self._driver.stdin.flush()
+        answer = json.loads(self._driver.stdout.readline() or '{"error": "the browser has gone"}')
+        if "error" in answer:
+            raise AssertionError(answer["error"])
+        return answer["found"]
+
+
+@asynccontextmanager
+async def site(node: str, gateway: int, **env: str) -> AsyncIterator[str]:
+    """The server of the examples beside a gateway on a port of this machine; the address of its pages."""
+    given = {**os.environ, "NO_PROXY": "*", "PORT": "0", "GATEWAY": f"http://127.0.0.1:{gateway}/v1", **env}
+    process = await asyncio.create_subprocess_exec(node, str(SERVER), env=given, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(20):
+            first = (await process.stdout.readline()).decode()
+        yield first.removesuffix("/react-chat/\n")
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.communicate()

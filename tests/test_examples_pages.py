@@ -1,0 +1,249 @@
+"""The examples' pages in Chromium, built by Vite and served as `npm start` serves them, before a real gateway.
+
+Strategy: a scripted provider holds its answer back at each step until the page has shown the one before; so that partial text is
+seen because it is there, and not because a test was quick.
+The one rule: what a page shows and what the provider's socket saw are asserted together; either alone can be had by cheating.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from tests.support.gateway import gateway, until
+from tests.support.pages import ROOT, Browser, site
+from tests.support.scissors import Scissors
+from tests.support.upstream import Answer, Asked, Line, Upstream, stream, whole
+
+Json = dict[str, Any]
+CONFIG = """
+server: {{port: 0, drain_timeout: 50ms}}
+providers:
+  openai: {{api: openai, base_url: "{url}/v1", api_key: "sk-upstream-0123456789"}}
+  demo: {{api: demo}}
+middleware: [{middleware}]
+"""
+PAGES = ["react-chat", "fetch-sse", "ai-sdk-chat"]
+
+
+def event(text: str = "", finish: str | None = None, **fields: Any) -> bytes:
+    choices = [{"index": 0, "delta": {"content": text} if text else {}, "finish_reason": finish}]
+    return b"data: %b\n\n" % json.dumps({"id": "c", "created": 1, "model": "m", "choices": choices, **fields}).encode()
+
+
+USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+REST = event("it all") + event(finish="stop") + event(choices=[], usage=USAGE) + b"data: [DONE]\n\n"
+WHOLE = stream([event("half of ") + REST])
+BROKEN = stream([event("half of "), b'data: {"error": {"message": "the provider broke", "code": "x"}}\n\n'])
+
+
+class Steps:
+    """Half of the answer when `begin` is set, the rest when `go` is."""
+
+    def __init__(self) -> None:
+        self.begin, self.go = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, asked: Asked, line: Line) -> None:
+        await self.begin.wait()
+        await line.head()
+        await line.chunk(event("half of "))
+        await self.go.wait()
+        await line.chunk(REST)
+        await line.end()
+
+
+async def cut(asked: Asked, line: Line) -> None:
+    await line.head()
+    await line.chunk(event("half of "))
+    line.hang_up()
+
+
+@asynccontextmanager
+async def serving(pages: Json, answer: Answer, middleware: str = "tracking") -> AsyncIterator[tuple[str, Upstream]]:
+    async with (
+        Upstream(answer) as upstream,
+        gateway(upstream.url, CONFIG, middleware=middleware) as running,
+        site(pages["program"], running.port) as address,
+    ):
+        yield address, upstream
+
+
+@pytest.mark.parametrize("page", PAGES)
+async def test_text_appears_while_it_streams(page: str, pages: Json, browser: Browser) -> None:
+    steps = Steps()
+    async with serving(pages, steps) as (address, upstream):
+        await browser.open(f"{address}/{page}/?model=openai/m")
+        await browser.ask("Hi")
+        await until(lambda: upstream.asked, 5)
+        if page != "fetch-sse":
+            await browser.do(["getByRole", "status"], ["waitFor"])
+        steps.begin.set()
+        await browser.sees("half of")
+        assert "it all" not in await browser.text()
+        if page != "fetch-sse":
+            await browser.misses("status")
+            assert await browser.do(["getByRole", "log"], ["getAttribute", "aria-busy"]) == "true"
+        steps.go.set()
+        await browser.sees("half of it all")
+        if page == "fetch-sse":
+            await browser.sees("complete, 2 tokens", "status")
+        else:
+            await browser.do(["locator", "[role=log][aria-busy=false]"], ["waitFor"])
+        if page == "ai-sdk-chat":
+            await browser.sees("2 tokens")
+    (asked,) = upstream.asked
+    assert [(message["role"], message["content"]) for message in asked.json["messages"]] == [("user", "Hi")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+async def test_stop_stops_the_provider(page: str, pages: Json, browser: Browser) -> None:
+    steps = Steps()
+    steps.begin.set()
+    async with serving(pages, steps) as (address, upstream):
+        await browser.open(f"{address}/{page}/?model=openai/m")
+        await browser.ask("Hi")
+        await browser.sees("half of")
+        await browser.press("Stop")
+        async with asyncio.timeout(5):
+            await upstream.lines[0].closed.wait()
+        assert "half of" in await browser.text()
+        assert "it all" not in await browser.text()
+        assert await browser.do(["getByRole", "alert"], ["count"]) == 0
+        if page == "react-chat":
+            await browser.sees("stopped")
+
+
+async def test_stop_before_the_first_word_stops_too(pages: Json, browser: Browser) -> None:
+    async with serving(pages, Steps()) as (address, upstream):
+        await browser.open(f"{address}/react-chat/?model=openai/m")
+        await browser.ask("Hi")
+        await browser.sees("typing", "status")
+        await until(lambda: upstream.asked, 5)
+        await browser.press("Stop")
+        async with asyncio.timeout(5):
+            await upstream.lines[0].closed.wait()
+        await browser.misses("status")
+        assert await browser.do(["evaluate", "document.activeElement.id"]) == "message", "the focus is where one goes on"
+
+
+REFUSED = whole(b'{"error": {"message": "the provider refuses", "code": "x"}}', 422)
+
+
+@pytest.mark.parametrize("page", ["react-chat", "ai-sdk-chat"])
+@pytest.mark.parametrize(
+    ("answer", "said", "kept"),
+    [(REFUSED, "the provider refuses", False), (BROKEN, "the provider broke", True), (cut, "", True)],
+    ids=["refused", "broken", "cut"],
+)
+async def test_an_error_is_shown_and_can_be_tried_again(
+    page: str, answer: Answer, said: str, kept: bool, pages: Json, browser: Browser
+) -> None:
+    async with serving(pages, answer) as (address, upstream):
+        await browser.open(f"{address}/{page}/?model=openai/m")
+        await browser.ask("Hi")
+        await browser.sees(said, "alert")
+        assert ("half of" in await browser.text()) is kept
+        upstream.answer = WHOLE
+        await browser.press("Try again")
+        await browser.sees("half of it all")
+        await browser.misses("alert")
+        assert (await browser.text()).count("half of") == 1
+    assert [asked.json["messages"][-1]["role"] for asked in upstream.asked] == ["user", "user"]
+
+
+@pytest.mark.parametrize(("model", "said"), [("fail-midstream", "fail in mid-stream"), ("fail-500", "answer with 500")])
+async def test_the_fetch_page_shows_an_error(model: str, said: str, pages: Json, browser: Browser) -> None:
+    async with serving(pages, WHOLE) as (address, _):
+        await browser.open(f"{address}/fetch-sse/?model=demo/{model}")
+        await browser.ask("Hi")
+        await browser.sees(f"failed: The demo was told to {said}.", "status")
+
+
+async def test_a_gateway_that_is_not_there_is_told(pages: Json, browser: Browser) -> None:
+    async with site(pages["program"], 9) as address:
+        await browser.open(f"{address}/react-chat/")
+        await browser.ask("Hi")
+        await browser.sees("The gateway could not be reached.", "alert")
+
+
+COUNT = "window.renders = 0; new MutationObserver(() => renders++).observe(document.body, {subtree: true, characterData: true})"
+
+
+async def test_a_burst_is_rendered_by_frames_and_not_by_tokens(pages: Json, browser: Browser) -> None:
+    async with serving(pages, WHOLE) as (address, _):
+        await browser.open(f"{address}/react-chat/?model=demo/long-3000")
+        await browser.do(["evaluate", COUNT])
+        await browser.ask("Hi")
+        await browser.do(["locator", "[role=log][aria-busy=false] article:nth-of-type(2)"], ["waitFor"])
+        assert len((await browser.text()).split()) >= 3000
+        assert await browser.do(["evaluate", "renders"]) < 300
+
+
+async def test_a_conversation_takes_its_replies_along(pages: Json, browser: Browser) -> None:
+    async with serving(pages, WHOLE) as (address, upstream):
+        await browser.open(f"{address}/react-chat/?model=openai/m")
+        for question in ("first", "second"):
+            await browser.ask(question)
+            await browser.do(["getByRole", "button", {"name": "Send"}], ["waitFor"])
+    roles = [(message["role"], message["content"]) for message in upstream.asked[1].json["messages"]]
+    assert roles == [("user", "first"), ("assistant", "half of it all"), ("user", "second")]
+
+
+READABLE = 'resume: {allow_origins: ["*"]}'
+WORDS = [f"wört {number} 🌊 " for number in range(400)]
+
+
+async def tells(asked: Asked, line: Line) -> None:
+    await line.head()
+    await line.chunk(*(event(word) for word in WORDS), event(finish="stop"), b"data: [DONE]\n\n")
+    await line.end()
+
+
+async def test_an_event_source_comes_back_behind_a_cut(pages: Json, browser: Browser) -> None:
+    async with (
+        Upstream(tells) as upstream,
+        gateway(upstream.url, CONFIG, middleware=READABLE) as running,
+        Scissors(running.port, 1, 1, 30_000) as line,
+        site(pages["program"], running.port, GATEWAY_PUBLIC=f"http://127.0.0.1:{line.port}") as address,
+    ):
+        await browser.open(f"{address}/eventsource/?model=openai/m")
+        await browser.press("Send")
+        await browser.sees("line cut", "status")
+        assert len(await browser.text()) < len("".join(WORDS)) - 1
+        await browser.sees("complete", "status")
+        assert await browser.do(["getByRole", "log"], ["textContent"]) == "".join(WORDS)
+        assert line.cuts == 0
+        await browser.do(["reload"])
+        await browser.sees("complete", "status")
+        assert await browser.do(["getByRole", "log"], ["textContent"]) == "".join(WORDS)
+    assert len(upstream.asked) == 1
+
+
+async def test_an_event_source_shows_an_error(pages: Json, browser: Browser) -> None:
+    async with serving(pages, BROKEN, READABLE) as (address, _):
+        await browser.open(f"{address}/eventsource/?model=openai/m")
+        await browser.press("Send")
+        await browser.sees("the provider broke", "status")
+
+
+async def test_an_event_source_tells_what_cannot_be_had(pages: Json, browser: Browser) -> None:
+    async with (
+        gateway(config=CONFIG, middleware=READABLE) as running,
+        site(pages["program"], running.port) as address,
+    ):
+        unknown = f"http://127.0.0.1:{running.port}/v1/streams/str_none?token=x"
+        await browser.open(f"{address}/eventsource/#{quote(unknown, '')}")
+        await browser.sees("cannot be had any more", "status")
+
+
+def test_the_types_hold(packages: Json) -> None:
+    command = [packages["program"], str(ROOT / "examples" / "node_modules" / "typescript" / "bin" / "tsc"), "--noEmit"]
+    done = subprocess.run(command, cwd=ROOT / "examples", env=packages["env"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
