@@ -24,12 +24,14 @@ from proxy.admission import Defaults
 from proxy.changes import changes
 from proxy.config import Config
 from proxy.configfile import ConfigFile
+from proxy.cors import Cors, Policy
 from proxy.demo import DemoTransport
 from proxy.exchange import SETTLE_SECONDS, Exchange
+from proxy.generation import Generation, ServerSettings
 from proxy.generations import Generations
 from proxy.pipeline import Answer, Endpoint, Middleware, Query, ask_one, share
 from proxy.reload import Record, Reloader
-from proxy.server import Edge, Generation, ServerSettings
+from proxy.server import Edge
 from proxy.sockets import listen
 from proxy.transport import Transport
 from proxy.upstream import HttpTransport
@@ -196,6 +198,7 @@ def _settings(config: Config, layers: Sequence[Middleware], worker: int) -> Serv
         defaults=Defaults(
             config.usage_on_finish, server.strict_params, server.max_depth, server.keepalive_after, server.keepalive_interval
         ),
+        cors=Cors(Policy(**dict(server.cors))) if server.cors is not None else None,
     )
 
 

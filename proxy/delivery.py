@@ -56,9 +56,10 @@ class Delivery:
     """Writes one answer. chunked: the client speaks HTTP/1.1 (else the end of the connection ends the body). bodiless: HEAD.
 
     close: the connection must not be used again. begun: something has left, so the status can no longer be changed.
+    lines: header lines that the answer has whatever it is, each with its end.
     """
 
-    __slots__ = ("_bodiless", "_chunked", "_connection", "_head", "begun", "close")
+    __slots__ = ("_bodiless", "_chunked", "_connection", "_head", "begun", "close", "lines")
 
     def __init__(self, connection: Connection, *, chunked: bool = True, bodiless: bool = False, close: bool = False) -> None:
         self._connection = connection
@@ -67,6 +68,7 @@ class Delivery:
         self._head = b""
         self.close = close or not chunked
         self.begun = False
+        self.lines = ""
 
     @property
     def congested(self) -> bool:
@@ -138,7 +140,7 @@ class Delivery:
             # A value that would end its line: nothing the client or a provider says may become a header of its own.
             fields = "".join(line[:-2].replace("\r", " ").replace("\n", " ") + "\r\n" for line in lines)
         reason = REASONS.get(status, "")
-        head = f"HTTP/1.1 {status} {reason}\r\n{fields}Date: {_date()}\r\n{framing}{close}\r\n"
+        head = f"HTTP/1.1 {status} {reason}\r\n{fields}{self.lines}Date: {_date()}\r\n{framing}{close}\r\n"
         return head.encode("utf-8", "surrogateescape")
 
 

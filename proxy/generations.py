@@ -18,9 +18,9 @@ import structlog
 
 from proxy.changes import changed_providers, numbered
 from proxy.config import Config, MiddlewareSpec
+from proxy.generation import Generation, ServerSettings
 from proxy.pipeline import Handler, Middleware, Sample, Surroundings, compose
 from proxy.routing import Directory
-from proxy.server import Generation, ServerSettings
 from proxy.transport import Transport
 
 PATIENCE_SECONDS = 1.0  # at the end: requests that were cancelled are over in a moment

@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from proxy.origins import ANY
 from proxy.routing import well_formed
 from proxy.shape import APIS, File, address, given, long_form, options_model
 from proxy.wording import did_you_mean, keys, words
@@ -163,6 +164,11 @@ class Reading:
         if admin is not None and not _is_loopback(address(admin)[0]) and not allowed:
             text = f"'{admin}' is reachable beyond this machine and the admin address has no auth; {means}"
             self.document.fault(("server", "admin_listen"), text)
+
+        cors = file.server.cors if isinstance(file, File) else None
+        if cors is not None and ANY in cors.origins and not allowed and not self.authenticated:
+            text = f"'*' lets every page that is open on this machine call the gateway, and there is no auth; {means}"
+            self.document.fault(("server", "cors", "origins"), text)
 
     def default(self, name: Any, rows: Mapping[str, Any]) -> None:
         if isinstance(name, str) and name not in rows:

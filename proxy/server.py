@@ -11,24 +11,24 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import orjson
 import structlog
 
-from proxy.admission import ANYBODY, Defaults, Readers, admit, parse_json, request_id, sent_identity
+from proxy.admission import ANYBODY, admit, parse_json, request_id, sent_identity
 from proxy.call import Call, Principal, altered
+from proxy.cors import is_preflight
 from proxy.delivery import Response
 from proxy.errors import Draining, GatewayError, Outcome, Overloaded, Refused, UpstreamTimeout, why_cancelled
 from proxy.faces import FACES, Face
+from proxy.generation import Generation
 from proxy.http import Request, allow, check_json, error_response, head_headers, json_response
 from proxy.keepalive import kept_alive, told
-from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query, Streamed, ask_one
+from proxy.pipeline import Answer, Endpoint, Handler, Query, Streamed, ask_one
 from proxy.relay import Relay
 from proxy.reply import Reply
-from proxy.routing import Directory
 from proxy.sockets import Server
 
 log = structlog.get_logger("penstock")
@@ -39,67 +39,9 @@ BASES = ("", "/v1", "/v2", "/api/v1", "/v2/proxy", "/v2/router", "/v3/router")
 ENDPOINTS: Mapping[str, Face] = {base + path: face for base in BASES for path, face in FACES.items()}
 MODELS = tuple(base + "/models" for base in BASES)
 FACES_BY_KIND: Mapping[str, Face] = {face.KIND: face for face in FACES.values()}
+HEALTH = ("/healthz", "/readyz")
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 OPERATOR = Principal("operator", admin=True)
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """What the operator decides about the edge. Sizes in bytes, times in seconds.
-
-    loopback_only: refuse every Host but localhost, 127.0.0.1 and [::1], which keeps web pages (DNS rebinding) out of a gateway
-    that has no auth; admin_loopback_only the same for the admin address, which never has.
-    max_streams: calls that are open at a time, max_waiting: those among them that wait for their reply; 0 is no bound.
-    """
-
-    max_body: int = 32 * 2**20
-    body_timeout: float = 30.0
-    write_timeout: float = 60.0
-    loopback_only: bool = True
-    admin_loopback_only: bool = True
-    max_streams: int = 0
-    max_waiting: int = 0
-    defaults: Defaults = field(default_factory=Defaults)
-
-
-class Generation:
-    """What one config makes of requests; a reload puts another in its place, and requests keep the one that they began with.
-
-    handler: the composed pipeline. directory: where model names lead. layers: the middleware, whose endpoints, request fields and
-    authentication are served by the edge. open: how many requests are in it.
-    """
-
-    __slots__ = (
-        "_ended", "allows", "authenticate", "directory", "endpoints", "handler", "layers", "open", "readers", "refused",
-        "settings",
-    )  # fmt: skip
-
-    def __init__(
-        self, handler: Handler, directory: Directory, settings: ServerSettings, layers: Sequence[Middleware] = ()
-    ) -> None:
-        self.handler = handler
-        self.directory = directory
-        self.settings = settings
-        self.layers = layers
-        self.authenticate = next((found for layer in layers if (found := getattr(layer, "authenticate", None))), None)
-        self.allows = next((found for layer in layers if (found := getattr(layer, "allows", None))), None)
-        self.endpoints = _by_path(point for layer in layers for point in getattr(layer, "endpoints", ()))
-        self.readers = Readers.of(layers)
-        self.refused = [layer.refused for layer in layers if hasattr(layer, "refused")]
-        self.open = 0
-        self._ended: asyncio.Event | None = None
-
-    def leave(self) -> None:
-        """A request is over."""
-        self.open -= 1
-        if not self.open and self._ended is not None:
-            self._ended.set()
-
-    async def ended(self) -> None:
-        """Wait until no request is in it. Only of use once no further one can come."""
-        if self.open:
-            self._ended = asyncio.Event()
-            await self._ended.wait()
 
 
 class Edge:
@@ -130,7 +72,12 @@ class Edge:
 
     def server(self, *, admin: bool = False) -> Server:
         """The server for this edge. admin: the second address, for scrapers and operators, without auth."""
-        return Server(self.handle_admin if admin else self.handle)
+        return Server(self.handle_admin) if admin else Server(self.handle, self._lines)
+
+    def _lines(self, origin: str) -> str:
+        """What every answer to a request from this origin says, `*` and all."""
+        cors = self.generation.cors
+        return cors.lines(origin) if cors is not None else ""
 
     @property
     def open_calls(self) -> int:
@@ -160,6 +107,8 @@ class Edge:
         identity = request_id(headers)
         generation = self.generation
         generation.open += 1
+        if generation.cors is not None:
+            delivery.lines = generation.cors.lines(headers.get("origin", ""))
         try:
             response = await self._dispatch(generation, request, headers, identity)
         except GatewayError as error:
@@ -184,11 +133,17 @@ class Edge:
         self, generation: Generation, request: Request, headers: Mapping[str, str], identity: str
     ) -> Response | None:
         """The answer, or None where it has been sent."""
-        path = request.path
-        if path in ("/healthz", "/readyz") and "verbose" not in request.query:
+        path, cors = request.path, generation.cors
+        if cors is not None and is_preflight(request.method, headers):
+            self._check_host(headers.get("host", ""), generation.settings.loopback_only)
+            return cors.preflight(headers, self._methods(generation, path) or _nothing(request))
+        if path in HEALTH and "verbose" not in request.query:
             allow(request, "GET", "HEAD")
             return self._health(path)
         self._check_host(headers.get("host", ""), generation.settings.loopback_only)
+        if cors is not None and generation.authenticate is None:
+            # Else a page needs a key. Here its requests would be served, and merely their answers be hidden from it.
+            cors.check(headers.get("origin", ""))
         if point := self._signed(generation, request):
             return await self._serve(generation, point, request, headers, ANYBODY, identity)
         principal = generation.authenticate(headers) if generation.authenticate is not None else ANYBODY
@@ -201,7 +156,16 @@ class Edge:
             if path == models or path.startswith(models + "/"):
                 allow(request, "GET")
                 return self._models(generation, path[len(models) + 1 :], principal)
-        raise Refused(f"There is nothing at {request.method} {path[:200]}.", status=404, code="unknown_path")
+        return _nothing(request)
+
+    def _methods(self, generation: Generation, path: str) -> Sequence[str]:
+        """Those that a path takes; none where there is nothing."""
+        if path in ENDPOINTS:
+            return ("POST",)
+        if path in HEALTH or any(path == models or path.startswith(models + "/") for models in MODELS):
+            return ("GET", "HEAD") if path in HEALTH else ("GET",)
+        found = generation.at(path) or ()
+        return (*found, "HEAD") if "GET" in found else (*found,)
 
     async def handle_admin(self, request: Request) -> None:
         """One request on the admin address: health and the middleware's endpoints, nothing else, for whoever can reach it."""
@@ -218,7 +182,7 @@ class Edge:
 
     async def _dispatch_admin(self, generation: Generation, request: Request) -> Response | None:
         self._check_host(request.headers.get("host", ""), generation.settings.admin_loopback_only)
-        if request.path in ("/healthz", "/readyz") and "verbose" not in request.query:
+        if request.path in HEALTH and "verbose" not in request.query:
             allow(request, "GET", "HEAD")
             return self._health(request.path)
         if point := self.point(request.path, request.method, generation):
@@ -229,11 +193,7 @@ class Edge:
         """The endpoint at a path that takes this method, or any that is there. generation: the current one if none is given."""
         if path == "/readyz":
             return Endpoint("GET", path, self._verbose, admin=True)
-        endpoints = (generation or self.generation).endpoints
-        found = endpoints.get(path) or next((found for form in _forms(path) if (found := endpoints.get(form))), None)
-        if found is None:
-            return None
-        return found.get(method) or found.get("GET" if method == "HEAD" else "") or next(iter(found.values()))
+        return (generation or self.generation).point(path, method)
 
     def _signed(self, generation: Generation, request: Request) -> Endpoint | None:
         """The endpoint that looks at the token in this URL instead of at a key."""
@@ -430,20 +390,10 @@ def _overloaded(bound: str, most: int) -> Overloaded:
     return Overloaded(f"The gateway has as many open calls as server.{bound} allows ({most}).", headers={"Retry-After": "1"})
 
 
+def _nothing(request: Request) -> NoReturn:
+    raise Refused(f"There is nothing at {request.method} {request.path[:200]}.", status=404, code="unknown_path")
+
+
 def _answered(answer: Answer) -> Response:
     fields = {"Server": "penstock", "Content-Type": answer.content_type, **answer.headers}
     return Response(answer.status, answer.body, fields)
-
-
-def _forms(path: str) -> tuple[str, str]:
-    """The paths of endpoints that `path` may mean: its last segment stands for `{id}`, or the one before that."""
-    whole, _, last = path.rpartition("/")
-    return f"{whole}/{{id}}", f"{whole.rpartition('/')[0]}/{{id}}/{last}"
-
-
-def _by_path(points: Iterable[Endpoint]) -> dict[str, dict[str, Endpoint]]:
-    """Endpoints by path, then by method."""
-    found: dict[str, dict[str, Endpoint]] = {}
-    for point in points:
-        found.setdefault(point.path, {})[point.method] = point
-    return found

@@ -28,10 +28,13 @@ from pydantic import (
     ValidationInfo,
     WithJsonSchema,
     create_model,
+    field_validator,
 )
 from pydantic_core import CoreSchema, core_schema
 
 from proxy import units
+from proxy.origins import ANY
+from proxy.origins import check as check_origin
 from proxy.units import Between, ByteSize, Seconds
 from proxy.wording import did_you_mean
 
@@ -183,6 +186,28 @@ Count = Annotated[int, _Bounds(Between(0, 10**6))]
 BodySize = Annotated[int, *MARKS["bytes"], _Bounds(Between(1024, 2**30))]
 
 
+def _cors_origin(written: str) -> str:
+    if written != ANY:
+        check_origin(written)
+    return written
+
+
+class CorsRow(Section):
+    """Which pages of other origins may call; the fields are those of `proxy.cors.Policy`. No origins: none may."""
+
+    origins: tuple[Annotated[str, AfterValidator(_cors_origin)], ...]
+    max_age: Annotated[float, *MARKS["seconds"], _Bounds(Between(0, 86400))] = 7200.0
+    headers: tuple[Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")], ...] = ()
+    credentials: bool = False
+
+    @field_validator("credentials")
+    @classmethod
+    def _by_name(cls, credentials: bool, info: ValidationInfo) -> bool:
+        if credentials and ANY in info.data.get("origins", ()):
+            raise ValueError("cookies are only for origins that are named; browsers refuse them with '*'")
+        return credentials
+
+
 class Server(Section):
     """Where and how the gateway listens. Durations in seconds, sizes in bytes; port 0 is any free port.
 
@@ -191,6 +216,7 @@ class Server(Section):
     allow_anonymous: somebody beyond this machine may use an address that has no auth.
     keepalive_after: without a first chunk for so long, a stream begins all the same. keepalive_interval: after so long a silence
     it says a comment. max_streams: calls that are open. max_waiting: those among them without an answer yet. 0: off.
+    cors: for pages of other origins.
     """
 
     host: Annotated[str, Field(min_length=1), AfterValidator(_no_brackets)] = "127.0.0.1"
@@ -207,6 +233,7 @@ class Server(Section):
     max_streams: Count = 20_000
     max_waiting: Count = 0
     max_depth: Annotated[int, _Bounds(Between(4, 240))] = 64
+    cors: CorsRow | None = None
     admin_listen: Annotated[str, AfterValidator(_address)] | None = None
     allow_anonymous: bool = False
     strict_params: bool = False

@@ -8,7 +8,9 @@ The one rule: a client's leaving is noticed at once, whatever is still queued fo
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -21,12 +23,16 @@ from proxy.http import Request, too_large, too_slow
 from proxy.lane import KEEP_ALIVE_SECONDS, Handle, Lane
 
 HEADER_LIMIT = 2**15
+ORIGIN = re.compile(rb"\r\norigin:[ \t]*([!-~]{1,300})[ \t]*\r\n", re.IGNORECASE)
 
 
 class Server(web.Server):
-    """aiohttp's server without application or resolver, behind a lane; a handler whose client has left is cancelled."""
+    """aiohttp's server without application or resolver, behind a lane; a handler whose client has left is cancelled.
 
-    def __init__(self, handle: Handle) -> None:
+    lines: header lines for a client of an origin, for what aiohttp refuses by itself and `handle` never sees.
+    """
+
+    def __init__(self, handle: Handle, lines: Callable[[str], str] = lambda origin: "") -> None:
         super().__init__(
             self._handed,
             handler_cancellation=True,
@@ -36,6 +42,7 @@ class Server(web.Server):
             max_field_size=HEADER_LIMIT,
             auto_decompress=True,
         )
+        self.lines = lines
         self._handle = handle
         self._lanes: set[Lane] = set()
         self.parting = False
@@ -73,11 +80,25 @@ class Server(web.Server):
 
 
 class _Connection(RequestHandler):
-    """aiohttp's server protocol with two changes. A client that closes while bytes to it are still queued is gone at once, rather
-    than when the queue has been flushed, which may be never. And to close an idle connection closes it; aiohttp only stops
-    serving it, and leaves the rest to the server's end."""
+    """aiohttp's server protocol with three changes. A client that closes while bytes to it are still queued is gone at once,
+    rather than when the queue has been flushed, which may be never. To close an idle connection closes it; aiohttp only stops
+    serving it, and leaves the rest to the server's end. And what cannot be read is refused so that a page may read why, if its
+    origin stood in what came."""
 
-    __slots__ = ()
+    __slots__ = ("_origin",)
+
+    _manager: Any
+
+    def data_received(self, data: bytes) -> None:
+        if self._manager.lines("") and (found := ORIGIN.search(data)):
+            self._origin = found[1].decode()
+        super().data_received(data)
+
+    def handle_error(self, *given: Any, **named: Any) -> web.StreamResponse:
+        answer = super().handle_error(*given, **named)
+        for line in self._manager.lines(getattr(self, "_origin", "")).splitlines():
+            answer.headers.add(*line.split(": ", 1))
+        return answer
 
     def eof_received(self) -> None:
         if self.transport is not None and self.transport.get_write_buffer_size():

@@ -21,7 +21,7 @@ PACKAGES = ("proxy", "middleware")
 # A name that ends in `.*` stands for everything in that folder. `proxy` itself (the version) lies below everything.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("proxy",),
-    ("proxy.errors", "proxy.call", "proxy.units", "proxy.timers"),
+    ("proxy.errors", "proxy.call", "proxy.units", "proxy.timers", "proxy.origins"),
     ("proxy.reply", "proxy.transport", "proxy.store.*", "proxy.conformance.*"),
     (
         "proxy.sse", "proxy.pipeline", "proxy.routing", "proxy.chunks", "proxy.faults", "proxy.fold", "proxy.prompt",
@@ -32,7 +32,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "proxy.upstream.*", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.keepalive", "proxy.delivery", "proxy.http",
         "proxy.lane", "proxy.sockets", "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema",
-        "proxy.wording", "proxy.configfile", "proxy.changes",
+        "proxy.wording", "proxy.configfile", "proxy.changes", "proxy.generation",
+        "proxy.cors",
     ),
     ("proxy.server",),
     ("proxy.generations", "proxy.reload"),
@@ -43,7 +44,10 @@ CONFIG = {
     "proxy.changes",
 }  # fmt: skip
 # Modules that serve one another on one floor, beside those that share a folder.
-CLIENT_SIDE = {"proxy.delivery", "proxy.http", "proxy.lane", "proxy.sockets", "proxy.relay", "proxy.keepalive"}
+CLIENT_SIDE = {
+    "proxy.delivery", "proxy.http", "proxy.lane", "proxy.sockets", "proxy.relay", "proxy.keepalive", "proxy.cors",
+    "proxy.generation",
+}  # fmt: skip
 # `app.run` hands over to the workers, each of which is a gateway of `app`.
 WORKERS = {"proxy.workers", "proxy.workers.supervisor", "proxy.workers.worker"}
 TOGETHER = (CONFIG, CLIENT_SIDE, {"proxy.app", "proxy.__main__"}, {"proxy.app"} | WORKERS)

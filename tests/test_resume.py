@@ -727,11 +727,15 @@ class TestBackground:
 
 class TestPages:
     @pytest.mark.parametrize(
-        ("allowed", "answered"),
-        [("[]", None), ('["https://app.example"]', "https://app.example"), ('["*"]', "*"), ('["https://other"]', None)],
+        ("cors", "answered"),
+        [
+            ("", None),
+            (', cors: {origins: ["https://app.example"]}', "https://app.example"),
+            (', allow_anonymous: true, cors: {origins: ["*"]}', "*"),
+        ],
     )
-    async def test_pages_of_the_allowed_origins_may_read(self, allowed: str, answered: str | None) -> None:
-        async with serving(f"allow_origins: {allowed}") as here:
+    async def test_pages_of_the_allowed_origins_may_read(self, cors: str, answered: str | None) -> None:
+        async with serving(more=cors) as here:
             here.upstream.answer = stream([word("x"), ENDING])
             first = await (await here.post()).all()
             page = {"Origin": "https://app.example"}
@@ -739,6 +743,17 @@ class TestPages:
             found.append(await here.get(first.id, after=3, headers=page))
             assert [reader.status for reader in found] == [200, 404, 204]
             assert [reader.headers.get("Access-Control-Allow-Origin") for reader in found] == [answered] * 3
+
+    async def test_a_page_of_another_origin_gets_nothing(self) -> None:
+        async with serving(more=', cors: {origins: ["https://other.example"]}') as here:
+            here.upstream.answer = stream([word("x"), ENDING])
+            first = await (await here.post()).all()
+            found = await here.get(first.id, headers={"Origin": "https://app.example"})
+            assert (found.status, found.headers.get("Access-Control-Allow-Origin")) == (403, None)
+
+    def test_the_earlier_setting_says_where_it_went(self) -> None:
+        with pytest.raises(ConfigError, match=r"resume\.allow_origins \(line 6\): has become server\.cors"):
+            parse(CONFIG.format(url="http://h", options='allow_origins: ["*"]', auth="", more=""), {}, TABLE)
 
     async def test_without_auth_a_page_cannot_come_by_another_name(self) -> None:
         async with serving() as here:

@@ -31,11 +31,11 @@ from tests.support.upstream import Asked, Line, Upstream, stream
 Json = dict[str, Any]
 HELPERS = Path(__file__).parent.parent / "examples" / "resume"
 CONFIG = """
-server: {{port: 0, drain_timeout: 50ms}}
+server: {{port: 0, drain_timeout: 50ms, cors: {{origins: [{origins}]}}}}
 providers:
   openai: {{api: openai, base_url: "{url}/v1", api_key: "sk-upstream-0123456789"}}
 middleware:
-  - resume: {{{options}}}
+  - resume
 """
 WORDS = [f"wört {number} 🌊 " for number in range(1500)]
 CUTS = 100
@@ -61,11 +61,11 @@ async def tells(asked: Asked, line: Line) -> None:
 
 @asynccontextmanager
 async def behind_scissors(
-    seed: int, cuts: int = CUTS, options: str = "", **limits: int
+    seed: int, cuts: int = CUTS, origins: str = "", **limits: int
 ) -> AsyncIterator[tuple[Upstream, Gateway, Scissors]]:
     async with (
         Upstream(tells) as upstream,
-        gateway(upstream.url, CONFIG, options=options) as running,
+        gateway(upstream.url, CONFIG, origins=origins) as running,
         Scissors(running.port, cuts, seed, **limits) as line,
     ):
         yield upstream, running, line
@@ -102,7 +102,7 @@ async def test_python_tells_what_cannot_be_had() -> None:
     async with behind_scissors(3, cuts=10**6, most=300) as (_, _, line):
         assert "3 times in a row" in await asyncio.to_thread(read, line.port, attempts=3)
     broken = stream([word("x"), b'data: {"error":{"message":"broke"}}\n\n'])
-    async with Upstream(broken) as upstream, gateway(upstream.url, CONFIG, options="") as running:
+    async with Upstream(broken) as upstream, gateway(upstream.url, CONFIG, origins="") as running:
         assert "broke" in await asyncio.to_thread(read, running.port)
 
 
@@ -190,7 +190,7 @@ async def test_a_browsers_event_source_follows_comes_back_and_stops(tmp_path: Pa
     await site.start()
     origin = "http://{}:{}".format(*runner.addresses[0])
     async with (
-        behind_scissors(1, cuts=1, most=60_000, options=f'allow_origins: ["{origin}"]') as (upstream, running, line),
+        behind_scissors(1, cuts=1, most=60_000, origins=f'"{origin}"') as (upstream, running, line),
         aiohttp.ClientSession() as session,
     ):
         body = {**chat("openai/m", stream=False), "background": True}

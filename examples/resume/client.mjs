@@ -23,7 +23,7 @@ export async function* stream(baseUrl, body, { key = "", attempts = 8, pause = 2
         throw new StreamFailed(`${response.status}: ${await response.text()}`);
       if (response.ok) {
         if (!begun && !response.headers.has("X-Stream-Id"))
-          throw new StreamFailed("the gateway has no middleware `resume`, or its allow_origins lacks this page's");
+          throw new StreamFailed("the gateway has no middleware `resume`, or its server.cors.origins lacks this page's");
         if (!begun) url = `${baseUrl}/streams/${response.headers.get("X-Stream-Id")}`;
         begun = true;
         for await (const [number, data] of events(response.body)) {

@@ -9,13 +9,13 @@ The one rule: whoever may not read a stream cannot tell it from one that is not 
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import orjson
 
-from middleware.resume.position import Tokens, after, cors
+from middleware.resume.position import Tokens, after
 from middleware.resume.streams import Stream, Streams
 from proxy.call import Call, altered
 from proxy.errors import GatewayError, Outcome, Refused
@@ -36,6 +36,13 @@ COUNTERS = {
 }
 
 
+class Moved:
+    """A mark beside a setting that stands elsewhere now."""
+
+    def check(self, value: object) -> None:
+        raise ValueError("has become server.cors, for all paths: {origins: [...]}; docs/browsers.md")
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a request wants of this middleware. background: the stream's name now, the stream itself later."""
@@ -48,7 +55,7 @@ class Resume:
 
     mode: opt_in makes those resumable that ask for it (`resume: true`), all those that do not refuse. grace: how long a stream is
     read on that nobody reads. keep: how long one stays after its end. max_bytes: of memory for all streams; max_stream_bytes: for
-    one. allow_origins: of the web pages that may read streams (`https://app.example`, or `*`).
+    one. allow_origins: refused; it has become server.cors.
     """
 
     FIELDS = ("resume", "background")
@@ -62,10 +69,9 @@ class Resume:
         keep: Time = 300.0,
         max_bytes: Size = 256 * 2**20,
         max_stream_bytes: Size = 4 * 2**20,
-        allow_origins: tuple[str, ...] = (),
+        allow_origins: Annotated[Any, Moved()] = None,
     ) -> None:
         self._all = mode == "all"
-        self._origins = frozenset(allow_origins)
         self._streams = Streams(grace, keep, max_bytes, max_stream_bytes)
         self._tokens = Tokens(secrets.token_bytes(32))
         self.endpoints = (
@@ -115,41 +121,40 @@ class Resume:
 
     async def _read(self, query: Query) -> Answer:
         """`GET /v1/streams/{id}`: what comes behind the event that the reader has. Raises Refused."""
-        shared = cors(self._origins, query.headers)
-        stream, has = self._found(query, shared), after(query)
+        stream, has = self._found(query), after(query)
         if query.method == "HEAD":
-            return Answer(content_type="text/event-stream; charset=utf-8", headers={**shared, "X-Stream-Id": stream.id})
+            return Answer(content_type="text/event-stream; charset=utf-8", headers={"X-Stream-Id": stream.id})
         self._streams.counts["reconnects"] += 1
         await self._streams.head(stream)
         if stream.failed is not None:
-            return self._failed(stream, stream.failed, has, query, shared)
+            return self._failed(stream, stream.failed, has, query)
         flight = stream.flight
         assert flight is not None, "it has begun"
         if has >= flight.number and not (flight.over and has < _last(stream, flight)):
             if flight.over:
-                return Answer(status=204, headers=shared)
-            raise Refused(f"The stream has only {flight.number - 1} events yet.", code="invalid_value", headers=shared)
-        reply = flight.follow(has, altered(stream.head, headers={**stream.head.headers, **shared}))
+                return Answer(status=204)
+            raise Refused(f"The stream has only {flight.number - 1} events yet.", code="invalid_value")
+        reply = flight.follow(has, stream.head)
         if reply is None:
             message = f"What follows event {has} was let go of: the stream is longer than resume.max_stream_bytes keeps."
-            raise Refused(message, status=410, code="stream_position_gone", headers=shared)
+            raise Refused(message, status=410, code="stream_position_gone")
         self._streams.attend(stream)
         return Streamed(call=stream.call, reply=reply)
 
-    def _failed(self, stream: Stream, error: GatewayError, has: int, query: Query, shared: Mapping[str, str]) -> Answer:
+    def _failed(self, stream: Stream, error: GatewayError, has: int, query: Query) -> Answer:
         """The call failed before its first event. An EventSource sees no status: who reads with a token gets an event, once."""
         if "token" not in query.params:
-            raise _again(error, shared)
+            raise _again(error)
         if has:
-            return Answer(status=204, headers=shared)
+            return Answer(status=204)
         trailer = Trailer()
         trailer.number = 1
-        head = Head("", headers={"X-Stream-Id": stream.id, **shared})
-        return Streamed(call=stream.call, reply=Reply(head, _batches(error=_again(error, {})), trailer))
+        head = Head("", headers={"X-Stream-Id": stream.id})
+        return Streamed(call=stream.call, reply=Reply(head, _batches(error=_again(error)), trailer))
 
     async def _cancel(self, query: Query) -> Answer:
         """`DELETE /v1/streams/{id}`: the upstream is closed, readers get an error chunk, the stream is forgotten."""
-        stream = self._found(query, {})
+        stream = self._found(query)
         running = not stream.over
         if running:
             self._streams.counts["cancelled"] += 1
@@ -159,14 +164,14 @@ class Resume:
         self._streams.forget(stream)
         return Answer(orjson.dumps({"id": stream.id, "object": "stream", "deleted": True, "cancelled": running}))
 
-    def _found(self, query: Query, shared: Mapping[str, str]) -> Stream:
+    def _found(self, query: Query) -> Stream:
         """The stream, if who asks may have it. All three ways of not having it take the same steps to the same answer."""
         identity = query.path.removeprefix(PATH)
         token = None if query.method == "DELETE" else query.params.get("token")
         right = self._tokens.right(identity, token or "")
         stream = self._streams.find(identity)
         if stream is None or not (right if token is not None else stream.scope == query.principal.scope):
-            raise Refused("There is no such stream, or not any more.", status=404, code="stream_not_found", headers=shared)
+            raise Refused("There is no such stream, or not any more.", status=404, code="stream_not_found")
         return stream
 
     # With the gateway
@@ -210,11 +215,10 @@ async def _batches(*batches: Batch, error: GatewayError | None = None) -> AsyncI
         raise error
 
 
-def _again(error: GatewayError, headers: Mapping[str, str]) -> GatewayError:
+def _again(error: GatewayError) -> GatewayError:
     """The error once more: one exception cannot be raised to several readers at the same time."""
     told = GatewayError(
-        error.message, status=error.status, type=error.type, code=error.code, param=error.param,
-        headers={**error.headers, **headers},
+        error.message, status=error.status, type=error.type, code=error.code, param=error.param, headers=error.headers
     )  # fmt: skip
     told.outcome, told.tries = error.outcome, error.tries
     return told

@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import hmac
 import re
-from collections.abc import Mapping
 
 from proxy.errors import Refused
 from proxy.pipeline import Query
@@ -46,15 +45,3 @@ def after(query: Query) -> int:
     if not NUMBER.fullmatch(written):
         raise Refused(f"{name}: must be the id of an event, a whole number.", code="invalid_value", param=name)
     return int(written)
-
-
-def cors(allowed: frozenset[str], headers: Mapping[str, str]) -> dict[str, str]:
-    """What a page of another origin needs in order to read the answer: https://fetch.spec.whatwg.org/#http-responses"""
-    if not allowed:
-        return {}
-    if "*" in allowed:
-        return {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": "X-Stream-Id"}
-    origin = headers.get("Origin", "")
-    if origin not in allowed:
-        return {"Vary": "Origin"}
-    return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "X-Stream-Id", "Vary": "Origin"}

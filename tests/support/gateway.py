@@ -156,7 +156,7 @@ class RawClient:
             first, *lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").strip().split("\r\n")
             headers = CIMultiDict((name, value.strip()) for name, _, value in (line.partition(":") for line in lines))
             status = int(first.split(" ")[1])
-            body, clean = (b"", True) if bodiless or status < 200 else await self._body(headers)
+            body, clean = (b"", True) if bodiless or status < 200 or status == 204 else await self._body(headers)
         return answer_of(status, headers, body, clean)
 
     async def closed(self) -> bool:
