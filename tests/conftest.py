@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -76,14 +77,16 @@ def browser(packages: Json) -> Iterator[Browser]:
 
 
 def _install(npm: str, folder: Path, what: str) -> None:
-    """What the lock in `folder` names; skips the test where the registry cannot be had."""
-    command = [npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
+    """What the lock in `folder` names. Skips the test where the registry cannot be had; a lock that is wrong is no reason to."""
+    command = [npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
     try:
         done = subprocess.run(command, cwd=folder, env=dict(os.environ), capture_output=True, timeout=120)
     except subprocess.TimeoutExpired:
         pytest.skip(f"npm could not install {what} within 120 s")
+    code = re.search(rb"code (E\w+)", done.stderr)
+    assert code is None or code[1] != b"EUSAGE", done.stderr.decode()
     if done.returncode:
-        pytest.skip(f"npm could not install {what} (exit status {done.returncode})")
+        pytest.skip(f"npm could not install {what} ({code[1].decode() if code else f'exit status {done.returncode}'})")
 
 
 @pytest.fixture

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -24,10 +27,11 @@ from tests.support.upstream import Answer, Asked, Line, Upstream, stream, whole
 
 Json = dict[str, Any]
 CONFIG = """
-server: {{port: 0, drain_timeout: 50ms}}
+server: {{port: 0, drain_timeout: 50ms, allow_anonymous: true, cors: {{origins: ["*"]}}}}
 providers:
   openai: {{api: openai, base_url: "{url}/v1", api_key: "sk-upstream-0123456789"}}
   demo: {{api: demo}}
+models: {{fast: openai/m}}
 middleware: [{middleware}]
 """
 PAGES = ["react-chat", "fetch-sse", "ai-sdk-chat"]
@@ -176,6 +180,29 @@ async def test_a_gateway_that_is_not_there_is_told(pages: Json, browser: Browser
 COUNT = "window.renders = 0; new MutationObserver(() => renders++).observe(document.body, {subtree: true, characterData: true})"
 
 
+@pytest.mark.parametrize("page", ["react-chat", "fetch-sse"])
+async def test_a_page_asks_the_gateway_itself_where_cors_lets_it(page: str, pages: Json, browser: Browser) -> None:
+    """With a key, from another origin: a preflight, the stream, and an error that the page can read."""
+    steps, key = Steps(), "sk-page-0123456789abcdef"
+    async with (
+        Upstream(steps) as upstream,
+        gateway(upstream.url, CONFIG, middleware=f"auth: {{keys: [{{name: page, key: {key}}}]}}") as running,
+        site(pages["program"], 9) as address,
+    ):
+        url = quote(f"http://127.0.0.1:{running.port}/v1/chat/completions", "")
+        await browser.open(f"{address}/{page}/?model=openai/m&url={url}&key={key}")
+        await browser.ask("Hi")
+        steps.begin.set()
+        await browser.sees("half of")
+        await browser.press("Stop")
+        async with asyncio.timeout(5):
+            await upstream.lines[0].closed.wait()
+        await browser.open(f"{address}/{page}/?model=openai/m&url={url}&key=wrong")
+        await browser.ask("Hi")
+        await browser.sees("key", "alert" if page == "react-chat" else "status")
+        assert len(upstream.asked) == 1
+
+
 async def test_a_burst_is_rendered_by_frames_and_not_by_tokens(pages: Json, browser: Browser) -> None:
     async with serving(pages, WHOLE) as (address, _):
         await browser.open(f"{address}/react-chat/?model=demo/long-3000")
@@ -196,7 +223,38 @@ async def test_a_conversation_takes_its_replies_along(pages: Json, browser: Brow
     assert roles == [("user", "first"), ("assistant", "half of it all"), ("user", "second")]
 
 
-READABLE = 'resume: {allow_origins: ["*"]}'
+TURNS = {
+    "What is a penstock?": "A pipe or a gate that leads water from a reservoir down to a turbine. It keeps the pressure, "
+    "and when something goes wrong below it is closed at once.",
+    "And in front of language models?": "The same idea: every stream runs through one gate. Each token passes as soon as it is "
+    "there, a stream that breaks never looks whole, and when you press Stop",
+}
+
+
+async def test_the_picture_of_the_readme(pages: Json, browser: Browser, tmp_path: Path) -> None:
+    """While a reply streams. PENSTOCK_PICTURES=docs/pictures renews the picture that is committed."""
+    folder = Path(os.environ.get("PENSTOCK_PICTURES") or tmp_path)
+
+    async def tells(asked: Asked, line: Line) -> None:
+        question = asked.json["messages"][-1]["content"]
+        await line.head()
+        await line.chunk(*(event(word) for word in re.findall(r"\s*\S+", TURNS[question])))
+        if question != list(TURNS)[-1]:
+            await line.chunk(event(finish="stop"), b"data: [DONE]\n\n")
+            return await line.end()
+        await line.forever()
+
+    async with serving(pages, tells) as (address, _):
+        await browser.open(f"{address}/react-chat/?model=fast")
+        for question, reply in TURNS.items():
+            await browser.ask(question)
+            await browser.sees(reply)
+            if question != list(TURNS)[-1]:
+                await browser.do(["getByRole", "button", {"name": "Send"}], ["waitFor"])
+        await browser.do(["screenshot", {"path": str(folder / "react-chat.png"), "animations": "disabled", "caret": "hide"}])
+    assert 20_000 < (folder / "react-chat.png").stat().st_size < 150_000
+
+
 WORDS = [f"wört {number} 🌊 " for number in range(400)]
 
 
@@ -209,7 +267,7 @@ async def tells(asked: Asked, line: Line) -> None:
 async def test_an_event_source_comes_back_behind_a_cut(pages: Json, browser: Browser) -> None:
     async with (
         Upstream(tells) as upstream,
-        gateway(upstream.url, CONFIG, middleware=READABLE) as running,
+        gateway(upstream.url, CONFIG, middleware="resume") as running,
         Scissors(running.port, 1, 1, 30_000) as line,
         site(pages["program"], running.port, GATEWAY_PUBLIC=f"http://127.0.0.1:{line.port}") as address,
     ):
@@ -227,7 +285,7 @@ async def test_an_event_source_comes_back_behind_a_cut(pages: Json, browser: Bro
 
 
 async def test_an_event_source_shows_an_error(pages: Json, browser: Browser) -> None:
-    async with serving(pages, BROKEN, READABLE) as (address, _):
+    async with serving(pages, BROKEN, "resume") as (address, _):
         await browser.open(f"{address}/eventsource/?model=openai/m")
         await browser.press("Send")
         await browser.sees("the provider broke", "status")
@@ -235,7 +293,7 @@ async def test_an_event_source_shows_an_error(pages: Json, browser: Browser) -> 
 
 async def test_an_event_source_tells_what_cannot_be_had(pages: Json, browser: Browser) -> None:
     async with (
-        gateway(config=CONFIG, middleware=READABLE) as running,
+        gateway(config=CONFIG, middleware="resume") as running,
         site(pages["program"], running.port) as address,
     ):
         unknown = f"http://127.0.0.1:{running.port}/v1/streams/str_none?token=x"

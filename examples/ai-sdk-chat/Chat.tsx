@@ -31,13 +31,13 @@ export function Chat({ api, model }: { api: string; model: string }) {
       <form
         onSubmit={(event) => {
           event.preventDefault();
-          if (!draft.trim()) return;
+          if (busy || !draft.trim()) return;
           void sendMessage({ text: draft });
           setDraft("");
         }}
       >
         <label>
-          Message <input value={draft} onChange={(event) => setDraft(event.target.value)} disabled={busy} autoFocus />
+          Message <input value={draft} onChange={(event) => setDraft(event.target.value)} autoFocus />
         </label>
         {busy ? (
           <button type="button" onClick={() => void stop()}>

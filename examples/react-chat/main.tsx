@@ -4,9 +4,9 @@ import { createRoot } from "react-dom/client";
 import { Chat } from "./Chat.tsx";
 
 const asked = new URLSearchParams(location.search);
-const key = asked.get("key");
+const apiKey = asked.get("key");
 createRoot(document.getElementById("root")!).render(
   <StrictMode>
-    <Chat url={asked.get("url") ?? "/api/chat"} model={asked.get("model") ?? "demo/echo"} {...(key && { key })} />
+    <Chat url={asked.get("url") ?? "/api/chat"} model={asked.get("model") ?? "demo/echo"} {...(apiKey && { apiKey })} />
   </StrictMode>,
 );

@@ -7,10 +7,10 @@ import { chat } from "../fetch-sse/stream.mjs";
 export type Message = { role: "user" | "assistant"; content: string; stopped?: boolean };
 /** waiting: asked, nothing here yet. streaming: the text grows. failed: `error` says why; `retry` asks again. */
 export type Status = "ready" | "waiting" | "streaming" | "failed";
-/** url: of `/v1/chat/completions`, or of a route of your own that passes it through. key: only one made for browsers. */
-export type Options = { url: string; model: string; key?: string };
+/** url: of `/v1/chat/completions`, or of a route of your own that passes it through. apiKey: only one made for browsers. */
+export type Options = { url: string; model: string; apiKey?: string };
 
-export function useStream({ url, model, key }: Options) {
+export function useStream({ url, model, apiKey }: Options) {
   const [messages, setMessages] = useState<Message[]>([]);
   const [status, setStatus] = useState<Status>("ready");
   const [error, setError] = useState<Error | null>(null);
@@ -31,7 +31,7 @@ export function useStream({ url, model, key }: Options) {
       setStatus("waiting");
       setError(null);
       try {
-        for await (const chunk of chat(url, body, { signal, ...(key && { key }) })) {
+        for await (const chunk of chat(url, body, { signal, ...(apiKey && { key: apiKey }) })) {
           text += chunk.choices[0]?.delta.content ?? "";
           if (!text || frame) continue;
           frame = requestAnimationFrame(() => {
@@ -50,7 +50,7 @@ export function useStream({ url, model, key }: Options) {
         if (!signal.aborted) setError(error as Error);
       }
     },
-    [url, model, key],
+    [url, model, apiKey],
   );
 
   useEffect(() => () => running.current?.abort(), []);

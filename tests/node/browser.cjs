@@ -18,7 +18,7 @@ let context, page, uncaught;
 async function open(browser, url) {
   await context?.close();
   uncaught = [];
-  context = await browser.newContext({ viewport: { width: 760, height: 560 }, deviceScaleFactor: 2, colorScheme: "light" });
+  context = await browser.newContext({ viewport: { width: 736, height: 520 }, deviceScaleFactor: 2, colorScheme: "light" });
   context.setDefaultTimeout(5000);
   page = await context.newPage();
   page.on("pageerror", (error) => uncaught.push(String(error)));
