@@ -12,7 +12,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from urllib.parse import quote
 import pytest
 
 from tests.support.gateway import gateway, until
-from tests.support.pages import ROOT, Browser, site
+from tests.support.pages import ROOT, Browser, held_port, site
 from tests.support.scissors import Scissors
 from tests.support.upstream import Answer, Asked, Line, Upstream, stream, whole
 
 Json = dict[str, Any]
 CONFIG = """
-server: {{port: 0, drain_timeout: 50ms, allow_anonymous: true, cors: {{origins: ["*"]}}}}
+server: {{port: {port}, drain_timeout: 50ms, allow_anonymous: true, cors: {{origins: ["*"]}}}}
 providers:
   openai: {{api: openai, base_url: "{url}/v1", api_key: "sk-upstream-0123456789"}}
   demo: {{api: demo}}
@@ -69,21 +69,34 @@ async def cut(asked: Asked, line: Line) -> None:
     line.hang_up()
 
 
-@asynccontextmanager
-async def serving(pages: Json, answer: Answer, middleware: str = "tracking") -> AsyncIterator[tuple[str, Upstream]]:
-    async with (
-        Upstream(answer) as upstream,
-        gateway(upstream.url, CONFIG, middleware=middleware) as running,
-        site(pages["program"], running.port) as address,
-    ):
-        yield address, upstream
+class Site:
+    """The pages' server, started once, and the port on which each test has a gateway. url: of that one, for pages that ask it."""
+
+    def __init__(self, address: str, port: int) -> None:
+        self.address = address
+        self.port = port
+        self.url = quote(f"http://127.0.0.1:{port}/v1/chat/completions", "")
+
+    @asynccontextmanager
+    async def before(self, answer: Answer, middleware: str = "tracking") -> AsyncIterator[Upstream]:
+        async with (
+            Upstream(answer) as upstream,
+            gateway(upstream.url, CONFIG, port=str(self.port), middleware=middleware),
+        ):
+            yield upstream
+
+
+@pytest.fixture(scope="module")
+def here(pages: Json) -> Iterator[Site]:
+    with held_port() as port, site(pages["program"], port) as address:
+        yield Site(address, port)
 
 
 @pytest.mark.parametrize("page", PAGES)
-async def test_text_appears_while_it_streams(page: str, pages: Json, browser: Browser) -> None:
+async def test_text_appears_while_it_streams(page: str, here: Site, browser: Browser) -> None:
     steps = Steps()
-    async with serving(pages, steps) as (address, upstream):
-        await browser.open(f"{address}/{page}/?model=openai/m")
+    async with here.before(steps) as upstream:
+        await browser.open(f"{here.address}/{page}/?model=openai/m")
         await browser.ask("Hi")
         await until(lambda: upstream.asked, 5)
         if page != "fetch-sse":
@@ -107,11 +120,11 @@ async def test_text_appears_while_it_streams(page: str, pages: Json, browser: Br
 
 
 @pytest.mark.parametrize("page", PAGES)
-async def test_stop_stops_the_provider(page: str, pages: Json, browser: Browser) -> None:
+async def test_stop_stops_the_provider(page: str, here: Site, browser: Browser) -> None:
     steps = Steps()
     steps.begin.set()
-    async with serving(pages, steps) as (address, upstream):
-        await browser.open(f"{address}/{page}/?model=openai/m")
+    async with here.before(steps) as upstream:
+        await browser.open(f"{here.address}/{page}/?model=openai/m")
         await browser.ask("Hi")
         await browser.sees("half of")
         await browser.press("Stop")
@@ -124,9 +137,9 @@ async def test_stop_stops_the_provider(page: str, pages: Json, browser: Browser)
             await browser.sees("stopped")
 
 
-async def test_stop_before_the_first_word_stops_too(pages: Json, browser: Browser) -> None:
-    async with serving(pages, Steps()) as (address, upstream):
-        await browser.open(f"{address}/react-chat/?model=openai/m")
+async def test_stop_before_the_first_word_stops_too(here: Site, browser: Browser) -> None:
+    async with here.before(Steps()) as upstream:
+        await browser.open(f"{here.address}/react-chat/?model=openai/m")
         await browser.ask("Hi")
         await browser.sees("typing", "status")
         await until(lambda: upstream.asked, 5)
@@ -147,10 +160,10 @@ REFUSED = whole(b'{"error": {"message": "the provider refuses", "code": "x"}}', 
     ids=["refused", "broken", "cut"],
 )
 async def test_an_error_is_shown_and_can_be_tried_again(
-    page: str, answer: Answer, said: str, kept: bool, pages: Json, browser: Browser
+    page: str, answer: Answer, said: str, kept: bool, here: Site, browser: Browser
 ) -> None:
-    async with serving(pages, answer) as (address, upstream):
-        await browser.open(f"{address}/{page}/?model=openai/m")
+    async with here.before(answer) as upstream:
+        await browser.open(f"{here.address}/{page}/?model=openai/m")
         await browser.ask("Hi")
         await browser.sees(said, "alert")
         assert ("half of" in await browser.text()) is kept
@@ -163,49 +176,43 @@ async def test_an_error_is_shown_and_can_be_tried_again(
 
 
 @pytest.mark.parametrize(("model", "said"), [("fail-midstream", "fail in mid-stream"), ("fail-500", "answer with 500")])
-async def test_the_fetch_page_shows_an_error(model: str, said: str, pages: Json, browser: Browser) -> None:
-    async with serving(pages, WHOLE) as (address, _):
-        await browser.open(f"{address}/fetch-sse/?model=demo/{model}")
+async def test_the_fetch_page_shows_an_error(model: str, said: str, here: Site, browser: Browser) -> None:
+    async with here.before(WHOLE):
+        await browser.open(f"{here.address}/fetch-sse/?model=demo/{model}")
         await browser.ask("Hi")
         await browser.sees(f"failed: The demo was told to {said}.", "status")
 
 
-async def test_a_gateway_that_is_not_there_is_told(pages: Json, browser: Browser) -> None:
-    async with site(pages["program"], 9) as address:
-        await browser.open(f"{address}/react-chat/")
-        await browser.ask("Hi")
-        await browser.sees("The gateway could not be reached.", "alert")
+async def test_a_gateway_that_is_not_there_is_told(here: Site, browser: Browser) -> None:
+    await browser.open(f"{here.address}/react-chat/")
+    await browser.ask("Hi")
+    await browser.sees("The gateway could not be reached.", "alert")
 
 
 COUNT = "window.renders = 0; new MutationObserver(() => renders++).observe(document.body, {subtree: true, characterData: true})"
 
 
 @pytest.mark.parametrize("page", ["react-chat", "fetch-sse"])
-async def test_a_page_asks_the_gateway_itself_where_cors_lets_it(page: str, pages: Json, browser: Browser) -> None:
+async def test_a_page_asks_the_gateway_itself_where_cors_lets_it(page: str, here: Site, browser: Browser) -> None:
     """With a key, from another origin: a preflight, the stream, and an error that the page can read."""
     steps, key = Steps(), "sk-page-0123456789abcdef"
-    async with (
-        Upstream(steps) as upstream,
-        gateway(upstream.url, CONFIG, middleware=f"auth: {{keys: [{{name: page, key: {key}}}]}}") as running,
-        site(pages["program"], 9) as address,
-    ):
-        url = quote(f"http://127.0.0.1:{running.port}/v1/chat/completions", "")
-        await browser.open(f"{address}/{page}/?model=openai/m&url={url}&key={key}")
+    async with here.before(steps, f"auth: {{keys: [{{name: page, key: {key}}}]}}") as upstream:
+        await browser.open(f"{here.address}/{page}/?model=openai/m&url={here.url}&key={key}")
         await browser.ask("Hi")
         steps.begin.set()
         await browser.sees("half of")
         await browser.press("Stop")
         async with asyncio.timeout(5):
             await upstream.lines[0].closed.wait()
-        await browser.open(f"{address}/{page}/?model=openai/m&url={url}&key=wrong")
+        await browser.open(f"{here.address}/{page}/?model=openai/m&url={here.url}&key=wrong")
         await browser.ask("Hi")
         await browser.sees("key", "alert" if page == "react-chat" else "status")
         assert len(upstream.asked) == 1
 
 
-async def test_a_burst_is_rendered_by_frames_and_not_by_tokens(pages: Json, browser: Browser) -> None:
-    async with serving(pages, WHOLE) as (address, _):
-        await browser.open(f"{address}/react-chat/?model=demo/long-3000")
+async def test_a_burst_is_rendered_by_frames_and_not_by_tokens(here: Site, browser: Browser) -> None:
+    async with here.before(WHOLE):
+        await browser.open(f"{here.address}/react-chat/?model=demo/long-3000")
         await browser.do(["evaluate", COUNT])
         await browser.ask("Hi")
         await browser.do(["locator", "[role=log][aria-busy=false] article:nth-of-type(2)"], ["waitFor"])
@@ -213,9 +220,9 @@ async def test_a_burst_is_rendered_by_frames_and_not_by_tokens(pages: Json, brow
         assert await browser.do(["evaluate", "renders"]) < 300
 
 
-async def test_a_conversation_takes_its_replies_along(pages: Json, browser: Browser) -> None:
-    async with serving(pages, WHOLE) as (address, upstream):
-        await browser.open(f"{address}/react-chat/?model=openai/m")
+async def test_a_conversation_takes_its_replies_along(here: Site, browser: Browser) -> None:
+    async with here.before(WHOLE) as upstream:
+        await browser.open(f"{here.address}/react-chat/?model=openai/m")
         for question in ("first", "second"):
             await browser.ask(question)
             await browser.do(["getByRole", "button", {"name": "Send"}], ["waitFor"])
@@ -231,7 +238,7 @@ TURNS = {
 }
 
 
-async def test_the_picture_of_the_readme(pages: Json, browser: Browser, tmp_path: Path) -> None:
+async def test_the_picture_of_the_readme(here: Site, browser: Browser, tmp_path: Path) -> None:
     """While a reply streams. PENSTOCK_PICTURES=docs/pictures renews the picture that is committed."""
     folder = Path(os.environ.get("PENSTOCK_PICTURES") or tmp_path)
 
@@ -244,8 +251,8 @@ async def test_the_picture_of_the_readme(pages: Json, browser: Browser, tmp_path
             return await line.end()
         await line.forever()
 
-    async with serving(pages, tells) as (address, _):
-        await browser.open(f"{address}/react-chat/?model=fast")
+    async with here.before(tells):
+        await browser.open(f"{here.address}/react-chat/?model=fast")
         for question, reply in TURNS.items():
             await browser.ask(question)
             await browser.sees(reply)
@@ -264,40 +271,32 @@ async def tells(asked: Asked, line: Line) -> None:
     await line.end()
 
 
-async def test_an_event_source_comes_back_behind_a_cut(pages: Json, browser: Browser) -> None:
-    async with (
-        Upstream(tells) as upstream,
-        gateway(upstream.url, CONFIG, middleware="resume") as running,
-        Scissors(running.port, 1, 1, 30_000) as line,
-        site(pages["program"], running.port, GATEWAY_PUBLIC=f"http://127.0.0.1:{line.port}") as address,
-    ):
-        await browser.open(f"{address}/eventsource/?model=openai/m")
-        await browser.press("Send")
-        await browser.sees("line cut", "status")
-        assert len(await browser.text()) < len("".join(WORDS)) - 1
-        await browser.sees("complete", "status")
-        assert await browser.do(["getByRole", "log"], ["textContent"]) == "".join(WORDS)
+async def test_an_event_source_comes_back_behind_a_cut(here: Site, pages: Json, browser: Browser) -> None:
+    async with here.before(tells, "resume") as upstream, Scissors(here.port, 1, 1, 30_000) as line:
+        with site(pages["program"], here.port, GATEWAY_PUBLIC=f"http://127.0.0.1:{line.port}") as address:
+            await browser.open(f"{address}/eventsource/?model=openai/m")
+            await browser.press("Send")
+            await browser.sees("line cut", "status")
+            assert len(await browser.text()) < len("".join(WORDS)) - 1
+            for _ in range(2):
+                await browser.sees("complete", "status")
+                assert await browser.do(["getByRole", "log"], ["textContent"]) == "".join(WORDS)
+                await browser.do(["reload"])
         assert line.cuts == 0
-        await browser.do(["reload"])
-        await browser.sees("complete", "status")
-        assert await browser.do(["getByRole", "log"], ["textContent"]) == "".join(WORDS)
     assert len(upstream.asked) == 1
 
 
-async def test_an_event_source_shows_an_error(pages: Json, browser: Browser) -> None:
-    async with serving(pages, BROKEN, "resume") as (address, _):
-        await browser.open(f"{address}/eventsource/?model=openai/m")
+async def test_an_event_source_shows_an_error(here: Site, browser: Browser) -> None:
+    async with here.before(BROKEN, "resume"):
+        await browser.open(f"{here.address}/eventsource/?model=openai/m")
         await browser.press("Send")
         await browser.sees("the provider broke", "status")
 
 
-async def test_an_event_source_tells_what_cannot_be_had(pages: Json, browser: Browser) -> None:
-    async with (
-        gateway(config=CONFIG, middleware="resume") as running,
-        site(pages["program"], running.port) as address,
-    ):
-        unknown = f"http://127.0.0.1:{running.port}/v1/streams/str_none?token=x"
-        await browser.open(f"{address}/eventsource/#{quote(unknown, '')}")
+async def test_an_event_source_tells_what_cannot_be_had(here: Site, browser: Browser) -> None:
+    async with here.before(WHOLE, "resume"):
+        unknown = f"http://127.0.0.1:{here.port}/v1/streams/str_none?token=x"
+        await browser.open(f"{here.address}/eventsource/#{quote(unknown, '')}")
         await browser.sees("cannot be had any more", "status")
 
 

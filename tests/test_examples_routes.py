@@ -45,12 +45,9 @@ async def held(asked: Asked, line: Line) -> None:
 @asynccontextmanager
 async def serving(pages: Json, answer: Given) -> AsyncIterator[tuple[int, Upstream]]:
     """The port of the server of the handlers."""
-    async with (
-        Upstream(answer) as upstream,
-        gateway(upstream.url, CONFIG) as running,
-        site(pages["program"], running.port, GATEWAY_KEY=KEY) as address,
-    ):
-        yield int(address.rpartition(":")[2]), upstream
+    async with Upstream(answer) as upstream, gateway(upstream.url, CONFIG) as running:
+        with site(pages["program"], running.port, GATEWAY_KEY=KEY) as address:
+            yield int(address.rpartition(":")[2]), upstream
 
 
 async def asked_of(port: int, **fields: Any) -> Answer:
@@ -105,8 +102,9 @@ async def resets(asked: Asked, line: Line) -> None:
 
 
 async def test_a_gateway_that_breaks_off_never_looks_like_an_end(pages: Json) -> None:
-    async with Upstream(resets) as broken, site(pages["program"], broken.port) as address:
-        answer = await asked_of(int(address.rpartition(":")[2]))
+    async with Upstream(resets) as broken:
+        with site(pages["program"], broken.port) as address:
+            answer = await asked_of(int(address.rpartition(":")[2]))
     assert (answer.status, answer.clean) == (200, False)
 
 

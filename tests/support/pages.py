@@ -1,7 +1,7 @@
 """The examples' pages for a test: the built pages served as `npm start` serves them, and a Chromium that looks at them.
 
-Strategy: one browser per test run, driven by Playwright in a Node process that takes a chain of its calls per line; one server of
-`examples/serve.ts` per test, told where the test's gateway is.
+Strategy: one browser per test run, driven by Playwright in a Node process that takes a chain of its calls per line; the server of
+`examples/serve.ts` as a process beside a gateway, or beside a port on which each test has its gateway.
 The one rule: a test waits for what a page shows, never for a time to pass.
 """
 
@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,22 @@ class Browser:
         return answer["found"]
 
 
-@asynccontextmanager
-async def site(node: str, gateway: int, **env: str) -> AsyncIterator[str]:
+@contextmanager
+def site(node: str, gateway: int, **env: str) -> Iterator[str]:
     """The server of the examples beside a gateway on a port of this machine; the address of its pages."""
     given = {**os.environ, "NO_PROXY": "*", "PORT": "0", "GATEWAY": f"http://127.0.0.1:{gateway}/v1", **env}
-    process = await asyncio.create_subprocess_exec(node, str(SERVER), env=given, stdout=asyncio.subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        async with asyncio.timeout(20):
-            first = (await process.stdout.readline()).decode()
-        yield first.removesuffix("/react-chat/\n")
-    finally:
-        if process.returncode is None:
+    with subprocess.Popen([node, str(SERVER)], env=given, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().removesuffix("/react-chat/\n")
+        finally:
             process.terminate()
-        await process.communicate()
+
+
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A port that nobody else is given, and on which one server after another may listen."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
