@@ -128,7 +128,7 @@ async def test_stop_stops_the_provider(page: str, here: Site, browser: Browser) 
         await browser.ask("Hi")
         await browser.sees("half of")
         await browser.press("Stop")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(10):
             await upstream.lines[0].closed.wait()
         assert "half of" in await browser.text()
         assert "it all" not in await browser.text()
@@ -144,7 +144,7 @@ async def test_stop_before_the_first_word_stops_too(here: Site, browser: Browser
         await browser.sees("typing", "status")
         await until(lambda: upstream.asked, 5)
         await browser.press("Stop")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(10):
             await upstream.lines[0].closed.wait()
         await browser.misses("status")
         assert await browser.do(["evaluate", "document.activeElement.id"]) == "message", "the focus is where one goes on"
@@ -202,7 +202,7 @@ async def test_a_page_asks_the_gateway_itself_where_cors_lets_it(page: str, here
         steps.begin.set()
         await browser.sees("half of")
         await browser.press("Stop")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(10):
             await upstream.lines[0].closed.wait()
         await browser.open(f"{here.address}/{page}/?model=openai/m&url={here.url}&key=wrong")
         await browser.ask("Hi")
@@ -252,13 +252,13 @@ async def test_the_picture_of_the_readme(here: Site, browser: Browser, tmp_path:
         await line.forever()
 
     async with here.before(tells):
-        await browser.open(f"{here.address}/react-chat/?model=fast")
+        await browser.open(f"{here.address}/react-chat/?model=fast", scale=2)
         for question, reply in TURNS.items():
             await browser.ask(question)
             await browser.sees(reply)
             if question != list(TURNS)[-1]:
                 await browser.do(["getByRole", "button", {"name": "Send"}], ["waitFor"])
-        await browser.do(["screenshot", {"path": str(folder / "react-chat.png"), "animations": "disabled", "caret": "hide"}])
+        await browser.do(["screenshot", {"path": str(folder / "react-chat.png"), "caret": "hide"}])
     assert 20_000 < (folder / "react-chat.png").stat().st_size < 150_000
 
 

@@ -91,7 +91,7 @@ async def test_the_routes_close_the_provider_when_the_page_has_gone(pages: Json)
                 await client.send(raw_request(body, path))
                 await until(lambda asked=upstream.asked: asked, 5)
                 await client.first_byte()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(10):
                 await upstream.lines[0].closed.wait()
 
 

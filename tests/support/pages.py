@@ -37,9 +37,9 @@ class Browser:
             assert driver.stdin is not None
             driver.stdin.close()  # and with it the browser
 
-    async def open(self, url: str) -> None:
-        """A page in a fresh profile."""
-        await self.do(["open", url])
+    async def open(self, url: str, scale: int = 1) -> None:
+        """A page in a fresh profile. scale: pixels of a screenshot per pixel of CSS."""
+        await self.do(["open", url, scale])
 
     async def do(self, *chain: list[Any]) -> Any:
         """Playwright's calls one behind another, from the page on: what the last one gives, where that is JSON."""
