@@ -58,16 +58,19 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """What the middleware reads of requests. fields: never sent upstream. admits: each may add to the call, or refuse it."""
+    """What the middleware reads of requests. fields: never sent upstream. admits: each may add to the call, or refuse it. peer:
+    some of it wants to know who is at the other end."""
 
     fields: frozenset[str] = GATEWAY_FIELDS
     admits: tuple[Callable[[Call, OwnFields], Call], ...] = ()
+    peer: bool = False
 
     @classmethod
     def of(cls, layers: Sequence[object]) -> Readers:
         """Those of the layers that have `FIELDS` or `admit`, in their order."""
         fields = GATEWAY_FIELDS.union(*(getattr(layer, "FIELDS", ()) for layer in layers))
-        return cls(fields, tuple(layer.admit for layer in layers if hasattr(layer, "admit")))
+        admits = tuple(layer.admit for layer in layers if hasattr(layer, "admit"))
+        return cls(fields, admits, any(getattr(layer, "NEEDS_PEER", False) for layer in layers))
 
 
 NO_READERS = Readers()

@@ -7,7 +7,7 @@ findings) lives in `extensions`, keyed by its own class.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -98,6 +98,16 @@ class Principal:
     admin: bool = False
     scope: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The other end of the client's connection, in `Call.extensions` where some middleware has `NEEDS_PEER`.
+
+    address: says it, "" where there is none (any more). It costs a look at the socket, so whoever needs it asks.
+    """
+
+    address: Callable[[], str] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

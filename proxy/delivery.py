@@ -83,6 +83,12 @@ class Delivery:
         transport = self._connection.transport
         return transport.get_write_buffer_size() if transport is not None else 0
 
+    def peer(self) -> str:
+        """The address at the other end of the connection, "" where it has none."""
+        transport = self._connection.transport
+        name = transport.get_extra_info("peername") if transport is not None else None
+        return str(name[0]) if isinstance(name, tuple) else ""
+
     def abort(self) -> None:
         """Drop the connection, with whatever is queued."""
         if (transport := self._connection.transport) is not None:

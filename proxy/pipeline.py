@@ -42,6 +42,7 @@ class Middleware(Protocol):
         attach(surroundings) -> None                   what is around it, before the first call, and again after a reload
         adopt(previous) -> None                        a reload changed its options: take over what is to live on
         NEEDS_STORE: bool                              it wants `surroundings.store`; else none is opened
+        NEEDS_PEER: bool                               it wants to know a client's address: `call.extension(Peer)`
         NEEDS_ONE_WORKER: str                          why it cannot be right in several processes; `penstock check` refuses then
         async start() -> None / async close() -> None  with the gateway's own start and end, or a reload's
 

@@ -18,7 +18,7 @@ import orjson
 import structlog
 
 from proxy.admission import ANYBODY, admit, parse_json, request_id, sent_identity
-from proxy.call import Call, Principal, altered
+from proxy.call import Call, Peer, Principal, altered
 from proxy.cors import is_preflight
 from proxy.delivery import Response
 from proxy.errors import Draining, GatewayError, Outcome, Overloaded, Refused, UpstreamTimeout, why_cancelled
@@ -293,6 +293,8 @@ class Edge:
             face.check(body)
             directory, readers = generation.directory, generation.readers
             call = admit(body, face.KIND, headers, directory, settings.defaults, identity, principal, readers)
+            if readers.peer:
+                call = altered(call, extensions={**call.extensions, Peer: Peer(request.delivery.peer)})
             waiting = handler(call) if call.deadline is None else self._in_time(handler, call)
             if call.options.keepalive_after and call.stream and call.kind != "embeddings":
                 waiting = kept_alive(waiting, call, request.delivery)

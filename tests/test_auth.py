@@ -28,6 +28,7 @@ from multidict import CIMultiDict
 
 from middleware import TABLE
 from middleware.auth import Auth, Key
+from middleware.auth.allowance import Allowance
 from middleware.auth.keys import NOBODY, Keyring, instant
 from middleware.auth.keysfile import KeysFile
 from proxy.app import Gateway
@@ -49,6 +50,7 @@ HASHED = "pk-hashed-0123456789abcdef"
 ADMIN = "pk-admin-0123456789abcdef"
 NARROW = "pk-narrow-0123456789abcdef"
 OLD = "pk-old-0123456789abcdef"
+PAGE = "pk-page-0123456789abcdef"
 WRONG = "pk-wrong-0123456789abcdef"
 CALLERS = "sk-or-callers-own-0123456789abcdef"
 CONFIGURED = "sk-upstream-0123456789"
@@ -72,6 +74,10 @@ middleware:
         - {{name: ops, key: "{admin}", admin: true}}
         - {{name: narrow, key: "{narrow}", models: [fast, demo/*]}}
         - {{name: old, key: "{old}", expires: 2020-01-01}}
+        - name: page
+          key: "{page}"
+          origins: ["https://app.example", "https://*.app.example"]
+          limits: {{requests_per_minute: 60, per_client: {{requests_per_minute: 6}}}}
   - probe
 """
 FINISHED = json.dumps(
@@ -115,6 +121,7 @@ async def served(answer: Any = None) -> AsyncIterator[tuple[Gateway, Upstream, P
             "admin": ADMIN,
             "narrow": NARROW,
             "old": OLD,
+            "page": PAGE,
         }
         config = CONFIG.format(url=upstream.url, **fields)
         checked = parse(config, {"WEB_KEY": PLAIN}, {**TABLE, "probe": Probe})
@@ -216,11 +223,44 @@ async def test_a_stranger_that_expects_100_continue_is_not_told_to_go_on() -> No
         assert (await client.answer()).status == 401
 
 
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("https://app.example", 200),
+        ("https://a.b.app.example", 200),
+        ("", 403),
+        ("null", 403),
+        ("http://app.example", 403),
+        ("https://app.example.evil.example", 403),
+        ("https://app.example, https://evil.example", 403),
+    ],
+)
+async def test_a_pages_key_works_from_its_pages_only(origin: str, status: int) -> None:
+    async with served() as (running, upstream, _):
+        answer = await sent(running.port, WHOLE, Authorization=f"Bearer {PAGE}", Origin=origin)
+        assert answer.status == status
+        if status == 403:
+            assert code(answer) == (403, "permission_error", "origin_not_allowed")
+            assert "WWW-Authenticate" not in answer.headers
+            assert upstream.asked == []
+        listed = await sent(running.port, path="/v1/models", method="GET", Authorization=f"Bearer {PAGE}", Origin=origin)
+        assert listed.status == status
+
+
+async def test_any_other_key_works_from_anywhere() -> None:
+    async with served() as (running, _, _probe):
+        for origin in ("", "https://evil.example"):
+            assert (await sent(running.port, WHOLE, Authorization=f"Bearer {PLAIN}", Origin=origin)).status == 200
+
+
 async def test_what_the_entry_says_travels_with_the_principal() -> None:
     async with served() as (running, _, probe):
         await sent(running.port, WHOLE, Authorization=f"Bearer {HASHED}")
         assert probe.seen[0].principal.facts == {"limits": {"requests_per_minute": 5}, "metadata": {"team": "a"}}
         assert not probe.seen[0].principal.admin
+        await sent(running.port, WHOLE, Authorization=f"Bearer {PAGE}", Origin="https://app.example")
+        limits = {"requests_per_minute": 60, "per_client": {"requests_per_minute": 6}}
+        assert probe.seen[1].principal.facts == {"limits": limits}
 
 
 def keyed(**fields: Any) -> Key:
@@ -664,6 +704,8 @@ ENTRIES = """\
         - {name: "a b", key: long-enough-0123456789, modles: [x], expires: tomorrow, models: [], admin: perhaps}
         - {key: "${EMPTY_KEY}", limits: 5}
         - {name: g, key: "${DEFAULTED:-}"}
+        - {name: h, key: long-enough-9876543210, limits: {request_per_minute: 5, concurrent: -1, per_client: {concurrency: 5}}}
+        - {name: i, key: long-enough-5432109876, origins: [app.example], limits: {concurrent: true}}
 """
 
 
@@ -686,6 +728,12 @@ def test_every_fault_of_a_key_has_its_path_and_line_and_no_key_in_it() -> None:
         f"{at}[6].limits (line 12): must be a mapping",
         f"{at}[6].name (line 12): is required",
         f"{at}[7].key (line 13): must have at least 16 characters",
+        f"{at}[8].limits.concurrent (line 14): must be from 0 to 1000000000",
+        f"{at}[8].limits.per_client.concurrency (line 14): unknown key; did you mean 'concurrent'?",
+        f"{at}[8].limits.request_per_minute (line 14): unknown key; did you mean 'requests_per_minute'?",
+        f"{at}[9].limits.concurrent (line 15): must be a number",
+        f"{at}[9].origins (line 15): must be an origin as browsers send it: scheme, host and perhaps a port, in lower case, "
+        "without a path; https://app.example, http://localhost:5173 or https://*.app.example",
     ]
     assert "short-secret" not in str(found)
 
@@ -784,12 +832,29 @@ BROKEN = [
     (f"- {{name: a, key: {HASHED}}}\n- {{name: b}}", "keys[1].key: is required"),
     (
         f"- {{name: a, key: {HASHED}, modles: [x]}}",
-        "keys[0]: unknown setting; known: name, key, models, admin, expires, limits, metadata",
+        "keys[0]: unknown setting; known: name, key, models, admin, expires, origins, limits, metadata",
     ),
     (f"- {{name: a, key: {HASHED}, models: x}}", "keys[0].models: must be a list of texts"),
     (f"- {{name: a, key: {HASHED}, models: [1]}}", "keys[0].models: must be a list of texts"),
     (f"- {{name: a, key: {HASHED}, admin: 1}}", "keys[0].admin: must be true or false"),
     (f"- {{name: a, key: {HASHED}, limits: 1}}", "keys[0].limits: must be a mapping"),
+    (
+        f"- {{name: a, key: {HASHED}, limits: {{request_per_minute: 1}}}}",
+        "keys[0].limits: unknown setting; known: requests_per_minute, tokens_per_minute, concurrent, per_client, per_identity, "
+        "per_name",
+    ),
+    (f"- {{name: a, key: {HASHED}, limits: {{concurrent: true}}}}", "keys[0].limits.concurrent: must be a whole number"),
+    (f"- {{name: a, key: {HASHED}, limits: {{concurrent: -1}}}}", "keys[0].limits.concurrent: must be from 0 to 1000000000"),
+    (f"- {{name: a, key: {HASHED}, limits: {{per_client: 1}}}}", "keys[0].limits.per_client: must be a mapping"),
+    (
+        f"- {{name: a, key: {HASHED}, origins: []}}",
+        "keys[0].origins: must be origins such as https://app.example; leave it out for a key that works from anywhere",
+    ),
+    (
+        f"- {{name: a, key: {HASHED}, origins: ['*']}}",
+        "keys[0].origins: must be an origin as browsers send it: scheme, host and "
+        "perhaps a port, in lower case, without a path; https://app.example, http://localhost:5173 or https://*.app.example",
+    ),
     ("- {name: a, key: tooshort-secret}", "keys[0].key: must have at least 16 characters"),
     ("- {name: a, key: 12345678901234567890}", "keys[0].key: must be text; put it in quotes"),
     ("- {name: a, key: '${SOME_LONG_VARIABLE}'}", "keys[0].key: variables are filled in only in config.yaml"),
@@ -845,7 +910,7 @@ async def test_a_file_that_is_gone_for_a_while_keeps_its_keys(path: Path, lines:
 def test_json_yaml_dates_and_the_list_under_keys_are_read(tmp_path: Path) -> None:
     found = tmp_path / "keys.json"
     found.write_text(json.dumps({"keys": [{"name": "a", "key": PLAIN, "models": ["fast"], "limits": {"concurrent": 2}}]}))
-    assert KeysFile(str(found)).changed() == (Key("a", PLAIN, ("fast",), limits={"concurrent": 2}),)
+    assert KeysFile(str(found)).changed() == (Key("a", PLAIN, ("fast",), limits=Allowance(concurrent=2)),)
     found = tmp_path / "keys.yaml"
     found.write_text(f"keys:\n  - {{name: a, key: {PLAIN}, admin: true, expires: 2027-01-01}}\n")
     assert KeysFile(str(found)).changed() == (Key("a", PLAIN, admin=True, expires="2027-01-01"),)
@@ -907,5 +972,6 @@ def test_what_was_refused_is_counted_by_reason() -> None:
         admitted(auth, {"model": "m"}, bearer(PLAIN))
     counted = {sample.labels["reason"]: sample.value for sample in auth.samples() if sample.labels}
     assert counted == {
-        "missing_api_key": 1, "invalid_api_key": 2, "expired_api_key": 0, "invalid_provider_key": 0, "model_not_allowed": 1,
+        "missing_api_key": 1, "invalid_api_key": 2, "expired_api_key": 0, "origin_not_allowed": 0, "invalid_provider_key": 0,
+        "model_not_allowed": 1,
     }  # fmt: skip

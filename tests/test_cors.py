@@ -441,6 +441,24 @@ class TestMatching:
         assert lines == "Vary: Origin\r\n" or "\r" not in origin
 
 
+async def test_the_curl_of_the_docs_and_the_configs_beside_it() -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    text = (Path(__file__).parent.parent / "docs" / "browsers.md").read_text()
+    (command,) = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    (said,) = re.findall(r"```\n(HTTP.*?)```", text, re.DOTALL)
+    cors, key, none = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert parse(key, {"SITE_KEY": KEY}, TABLE).middleware[0].options["keys"][0].limits.per_client.concurrent == 2
+    assert parse(none, {}, TABLE).server.cors is not None
+    async with Gateway(parse(cors.replace("server:", "server:\n  port: 0"), {}, TABLE)) as here:
+        command = command.replace("127.0.0.1:8080", f"127.0.0.1:{here.port}")
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec("bash", "-c", command, stdout=pipe)
+        out = (await process.communicate())[0].decode()
+    for line in said.strip().splitlines():
+        assert line.partition("…")[0] in out
+
+
 PAGE = """<!doctype html><meta charset=utf-8><script>
 const base = %s, found = {};
 const chat = (model, more) => ({ method: "POST", headers: { "Content-Type": "application/json", "X-Penstock-Name": "page" },

@@ -13,12 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from multidict import CIMultiDict
 
 from middleware.limits import Limited, Limits
 from middleware.limits.bounds import wanted_output
+from middleware.limits.client import Proxies
 from middleware.limits.meters import Meters
 from middleware.limits.subjects import IDLE_SECONDS, Subjects
-from proxy.call import Call, Principal, Route
+from proxy.call import Call, Peer, Principal, Route
 from proxy.config import ConfigError
 from proxy.errors import Outcome, Refused, UpstreamError
 from proxy.estimate import estimated_input
@@ -71,6 +73,11 @@ def call_of(key: str = "web", **fields: Any) -> Call:
     return make_call(fields.pop("request", {"messages": []}), principal=Principal(key, facts=facts), **fields)
 
 
+def at(address: str) -> dict[type, object]:
+    """The extensions of a call from there."""
+    return {Peer: Peer(lambda: address)}
+
+
 async def settled(limits: Limits) -> None:
     await limits.close()
 
@@ -87,7 +94,7 @@ async def admitted(limits: Limits, call: Call, times: int = 1) -> int:
 
 
 class TestRequests:
-    @pytest.mark.parametrize("share", ["per_key", "per_identity", "per_name"])
+    @pytest.mark.parametrize("share", ["per_key", "per_identity", "per_name", "per_client"])
     async def test_the_minutes_worth_gets_in_and_then_one_by_one(self, clock: Clock, share: str) -> None:
         rates: Json = {share: {"requests_per_minute": 6}}
         limits = Limits(**rates)
@@ -288,20 +295,21 @@ class TestSlots:
         with pytest.raises(Limited) as caught:
             await limits(call_of(), answers())
         assert (caught.value.headers["Retry-After"], caught.value.headers["x-ratelimit-remaining-concurrent"]) == ("1", "0")
-        assert sampled(limits, "penstock_concurrent") == {"key": 2, "identity": 0, "name": 0}
+        assert sampled(limits, "penstock_concurrent") == {"key": 2, "identity": 0, "name": 0, "client": 0}
         await first.close()
         assert await admitted(limits, call_of()) == 1
         second.trailer.end(Outcome.COMPLETED)
 
     @pytest.mark.parametrize("outcome", list(Outcome))
     async def test_every_outcome_frees_it_once(self, outcome: Outcome) -> None:
-        limits = Limits(per_key={"concurrent": 1}, per_name={"concurrent": 1}, per_identity={"concurrent": 1})
-        call = call_of(name="bot", identity="anna")
+        one: Any = {"concurrent": 1}
+        limits = Limits(per_key=one, per_name=one, per_identity=one, per_client=one)
+        call = call_of(name="bot", identity="anna", extensions=at("192.0.2.1"))
         reply = await limits(call, answers())
         reply.trailer.end(outcome)
         reply.trailer.end(Outcome.CANCELLED)
         await reply.close()
-        assert sampled(limits, "penstock_concurrent") == {"key": 0, "identity": 0, "name": 0}
+        assert sampled(limits, "penstock_concurrent") == {"key": 0, "identity": 0, "name": 0, "client": 0}
 
     @pytest.mark.parametrize(
         "error", [UpstreamError("no"), Refused("no"), ValueError("bug"), asyncio.CancelledError(), GeneratorExit()]
@@ -505,6 +513,59 @@ class TestBounds:
         assert limits.admit(call, OwnFields(request_, {})) is call
 
 
+OWN = ("127.0.0.1", "10.0.0.0/8", "2001:db8:1::/48")
+
+
+class TestClients:
+    @pytest.mark.parametrize(
+        ("peer", "forwarded", "trusted", "counted"),
+        [
+            ("192.0.2.1", [], (), "192.0.2.1"),
+            ("192.0.2.1", ["198.51.100.9"], (), "192.0.2.1"),
+            ("192.0.2.1", ["198.51.100.9"], OWN, "192.0.2.1"),
+            ("10.1.2.3", [], OWN, "10.1.2.3"),
+            ("10.1.2.3", ["198.51.100.9"], OWN, "198.51.100.9"),
+            ("10.1.2.3", ["1.1.1.1, 198.51.100.9"], OWN, "198.51.100.9"),
+            ("10.1.2.3", ["1.1.1.1, 198.51.100.9, 10.9.9.9"], OWN, "198.51.100.9"),
+            ("10.1.2.3", ["1.1.1.1", "198.51.100.9"], OWN, "198.51.100.9"),
+            ("10.1.2.3", ["198.51.100.9:4711"], OWN, "198.51.100.9"),
+            ("10.1.2.3", ["198.51.100.9, nonsense"], OWN, "10.1.2.3"),
+            ("10.1.2.3", ["198.51.100.9,"], OWN, "10.1.2.3"),
+            ("10.1.2.3", ["10.0.0.1, 10.0.0.2"], OWN, "10.0.0.1"),
+            ("::ffff:10.1.2.3", ["::ffff:198.51.100.9"], OWN, "198.51.100.9"),
+            ("2001:db8:1::5", ["2001:db8:2:3:4:5:6:7"], OWN, "2001:db8:2:3::/64"),
+            ("2001:db8:1::5", ["[2001:db8:2:3::1]:80"], OWN, "2001:db8:2:3::/64"),
+            ("2001:db8:2:3::9", [], (), "2001:db8:2:3::/64"),
+            ("", ["198.51.100.9"], OWN, ""),
+        ],
+    )
+    def test_the_address_is_the_last_one_that_no_proxy_of_ours_has(
+        self, peer: str, forwarded: list[str], trusted: tuple[str, ...], counted: str
+    ) -> None:
+        headers = CIMultiDict(("X-Forwarded-For", line) for line in forwarded)
+        assert Proxies(trusted).client(peer, headers) == counted
+
+    @given(st.text(max_size=60).filter(lambda text: "\n" not in text))
+    def test_what_a_client_writes_changes_nothing(self, words: str) -> None:
+        headers = CIMultiDict([("X-Forwarded-For", words), ("X-Forwarded-For", "198.51.100.9")])
+        assert Proxies(OWN).client("10.1.2.3", headers) == "198.51.100.9"
+        assert Proxies(OWN).client("192.0.2.1", headers) == "192.0.2.1"
+
+    async def test_a_keys_figures_for_its_clients_go_before_those_for_all(self, clock: Clock) -> None:
+        limits = Limits(per_client={"requests_per_minute": 3, "concurrent": 50})
+        own = {"limits": {"requests_per_minute": 8, "per_client": {"requests_per_minute": 5}}}
+        one, two = (call_of("page", facts=own, extensions=at(f"192.0.2.{host}")) for host in (1, 2))
+        assert await admitted(limits, one, 9) == 5
+        assert await admitted(limits, two, 9) == 3, "all that is left of the key's own eight"
+        assert await admitted(limits, call_of("server", extensions=at("192.0.2.1")), 9) == 3
+
+    async def test_where_only_a_keys_entry_asks_for_it_others_are_not_counted(self, clock: Clock) -> None:
+        limits = Limits()
+        own = {"limits": {f"per_{kind}": {"requests_per_minute": 2} for kind in ("client", "identity", "name")}}
+        assert await admitted(limits, call_of("server", identity="anna", name="bot"), 9) == 9
+        assert await admitted(limits, call_of("page", facts=own, identity="anna", name="bot"), 9) == 2
+
+
 # Over real sockets
 
 CONFIG = """
@@ -642,6 +703,19 @@ async def test_over_http_the_tokens_of_the_usage_are_what_counts() -> None:
         assert 469 <= int(second.headers["x-ratelimit-remaining-tokens"]) <= 480, "30 were used, 500 are held"
 
 
+async def test_over_http_a_client_is_counted_by_what_the_operators_proxy_says() -> None:
+    limits = "per_client: {requests_per_minute: 1}, trusted_proxies: [127.0.0.1]"
+    config: Json = {"limits": limits, "outer": "", "inner": "", "first": "1s"}
+    async with Upstream(GOOD) as upstream, gateway(upstream.url, CONFIG, **config) as here:
+        found = [
+            await ask(here.port, chat(), headers={"X-Forwarded-For": forwarded} if forwarded else {})
+            for forwarded in ("192.0.2.1", "1.1.1.1, 192.0.2.1", "192.0.2.2", "", "")
+        ]
+    assert [answer.status for answer in found] == [200, 429, 200, 200, 429]
+    assert found[1].json["error"]["message"] == "The limit of 1 requests per minute of this address is reached."
+    assert found[1].headers["Retry-After"] == "60"
+
+
 async def test_over_http_too_many_messages_are_a_400() -> None:
     config: Json = {"limits": "max_messages: 1", "outer": "", "inner": "", "first": "1s"}
     async with Upstream(GOOD) as upstream, gateway(upstream.url, CONFIG, **config) as here:
@@ -653,7 +727,9 @@ async def test_over_http_too_many_messages_are_a_400() -> None:
     ("limits", "path"),
     [
         ("per_key: {requests_per_hour: 1}", "requests_per_hour"), ("per_key: {concurrent: 0}", "concurrent"),
-        ("per_key: 5", "per_key"), ("per_name: {tokens_per_minute: x}", "tokens_per_minute"), ("max_choices: 129", "max_choices"),
+        ("per_key: 5", "per_key"), ("trusted_proxies: [10.0.0.1/8]", "trusted_proxies: must be addresses or networks"),
+        ("per_client: {burst: 1}", "burst"),
+        ("per_name: {tokens_per_minute: x}", "tokens_per_minute"), ("max_choices: 129", "max_choices"),
     ],
 )  # fmt: skip
 async def test_a_faulty_limit_is_found_in_the_config(limits: str, path: str) -> None:

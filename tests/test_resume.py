@@ -752,7 +752,7 @@ class TestPages:
             assert (found.status, found.headers.get("Access-Control-Allow-Origin")) == (403, None)
 
     def test_the_earlier_setting_says_where_it_went(self) -> None:
-        with pytest.raises(ConfigError, match=r"resume\.allow_origins \(line 6\): has become server\.cors"):
+        with pytest.raises(ConfigError, match=r"resume\.allow_origins \(line 7\): has become server\.cors"):
             parse(CONFIG.format(url="http://h", options='allow_origins: ["*"]', auth="", more=""), {}, TABLE)
 
     async def test_without_auth_a_page_cannot_come_by_another_name(self) -> None:

@@ -32,6 +32,7 @@ MESSAGES = {
     "missing_api_key": "A key is needed: send it as 'Authorization: Bearer <key>', or as x-api-key, api-key or superAgentKey.",
     "invalid_api_key": "The key is not one of this gateway's.",
     "expired_api_key": "The key has expired.",
+    "origin_not_allowed": "This key only works from the web pages that it was made for, by the request's Origin.",
     "invalid_provider_key": "What Authorization carries beside superAgentKey is no key that could be passed on.",
 }
 
@@ -77,7 +78,7 @@ class Auth:
     # Who asks
 
     def authenticate(self, headers: Mapping[str, str]) -> Principal:
-        """Who is calling. Raises Refused (401), before the request's body is read."""
+        """Who is calling. Raises Refused (401, 403), before the request's body is read."""
         key, callers = presented(headers)
         if not key:
             raise self._refused("missing_api_key")
@@ -86,6 +87,8 @@ class Auth:
             raise self._refused("invalid_api_key")
         if entry.expires <= self._now():
             raise self._refused("expired_api_key")
+        if entry.origins is not None and headers.get("origin", "") not in entry.origins:
+            raise self._refused("origin_not_allowed", 403, "permission_error")
         callers = self._callers(callers)
         return narrowed(entry.principal, callers) if callers else entry.principal
 
@@ -97,10 +100,10 @@ class Auth:
             raise self._refused("invalid_provider_key")
         return key
 
-    def _refused(self, code: str) -> Refused:
+    def _refused(self, code: str, status: int = 401, type: str = "authentication_error") -> Refused:
         self._refusals[code] += 1
-        headers = {"WWW-Authenticate": "Bearer"}
-        return Refused(MESSAGES[code], status=401, type="authentication_error", code=code, headers=headers)
+        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+        return Refused(MESSAGES[code], status=status, type=type, code=code, headers=headers)
 
     # What for
 

@@ -21,7 +21,10 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Annotated, Any
 
+from middleware.auth.allowance import Allowance
+from proxy import origins
 from proxy.call import Principal
+from proxy.origins import Origins
 
 SHORTEST_KEY = 16
 HASHED = "sha256:"
@@ -55,6 +58,13 @@ def _models_form(globs: tuple[str, ...]) -> None:
         raise ValueError("must be names or globs such as openai/*; leave it out to allow every model")
 
 
+def _origins_form(written: tuple[str, ...]) -> None:
+    if not written:
+        raise ValueError("must be origins such as https://app.example; leave it out for a key that works from anywhere")
+    for origin in written:
+        origins.check(origin)
+
+
 def instant(written: str) -> float:
     """An ISO 8601 date (its first moment) or date-time, UTC where it names no zone -> Unix seconds. Raises ValueError."""
     try:
@@ -70,7 +80,8 @@ class Key:
 
     name: for logs and metrics, unique. key: the key itself, or `sha256:` and its digest in hex. models: globs over the names
     that it may ask for; empty allows all. admin: may use the admin endpoints. expires: when it stops to work; empty is never.
-    limits: what the limits middleware grants it (requests_per_minute, tokens_per_minute, concurrent). metadata: the operator's.
+    origins: the web pages that it works from, and nowhere else; empty is anywhere. limits: what the limits middleware grants it.
+    metadata: the operator's.
     """
 
     name: Annotated[str, Form(_name_form)]
@@ -78,17 +89,19 @@ class Key:
     models: Annotated[tuple[str, ...], Form(_models_form)] = ()
     admin: bool = False
     expires: Annotated[str, Form(instant)] = ""
-    limits: dict[str, Any] = field(default_factory=dict)
+    origins: Annotated[tuple[str, ...], Form(_origins_form)] = ()
+    limits: Allowance = field(default_factory=Allowance)
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A key as it is looked up. digest: SHA-256 of the key. expires: Unix seconds."""
+    """A key as it is looked up. digest: SHA-256 of the key. expires: Unix seconds. origins: None is from anywhere."""
 
     digest: bytes = field(repr=False)
     principal: Principal
     expires: float = math.inf
+    origins: Origins | None = None
 
 
 # What a key that is not there is compared with; no key has this digest.
@@ -129,6 +142,7 @@ def _entry(key: Key) -> Entry:
     found = bytes.fromhex(key.key.removeprefix(HASHED)) if key.key.startswith(HASHED) else digest(key.key)
     # The name is in it so that a key that is given to somebody else under a new name does not come with the old one's cache.
     scope = sha256(key.name.encode() + b"\0" + found).hexdigest()[:32]
-    said = {"models": key.models, "limits": key.limits, "metadata": key.metadata}
+    said = {"models": key.models, "limits": key.limits.said(), "metadata": key.metadata}
     principal = Principal(key.name, key.admin, scope, {name: value for name, value in said.items() if value})
-    return Entry(found, principal, instant(key.expires) if key.expires else math.inf)
+    expires = instant(key.expires) if key.expires else math.inf
+    return Entry(found, principal, expires, Origins(key.origins) if key.origins else None)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from datetime import date
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import orjson
 from ruamel.yaml import YAML
@@ -23,8 +25,10 @@ from middleware.auth.keys import Key
 
 # A file written less than this before it was read may have been written again within its timestamp's granularity.
 YOUNG_SECONDS = 2.0
-KINDS: dict[Any, str] = {str: "text; put it in quotes", bool: "true or false", tuple: "a list of texts", dict: "a mapping"}
-HINTS = get_type_hints(Key, include_extras=True)
+T = TypeVar("T")
+KINDS: dict[Any, str] = {
+    str: "text; put it in quotes", bool: "true or false", tuple: "a list of texts", dict: "a mapping", int: "a whole number",
+}  # fmt: skip
 
 
 class KeysFile:
@@ -78,33 +82,39 @@ def entries(found: object) -> tuple[Key, ...]:
         found = found["keys"]
     if not isinstance(found, list):
         raise ValueError("must be a list of keys, or a mapping with the list under 'keys'")
-    return tuple(_key(entry, f"keys[{number}]") for number, entry in enumerate(found))
+    return tuple(_section(Key, entry, f"keys[{number}]") for number, entry in enumerate(found))
 
 
-def _key(entry: object, path: str) -> Key:
-    if not isinstance(entry, dict):
+def _section(made: type[T], written: object, path: str) -> T:
+    """A dataclass out of a mapping. Raises ValueError for the first fault."""
+    if not isinstance(written, dict):
         raise ValueError(f"{path}: must be a mapping")
+    hints = get_type_hints(made, include_extras=True)
     # A mistyped setting is not repeated: where the mapping is garbled, a key may stand in its place.
-    if not set(entry) <= set(HINTS):
-        raise ValueError(f"{path}: unknown setting; known: {', '.join(HINTS)}")
+    if not set(written) <= set(hints):
+        raise ValueError(f"{path}: unknown setting; known: {', '.join(hints)}")
     for name in ("name", "key"):
-        if name not in entry:
+        if name in hints and name not in written:
             raise ValueError(f"{path}.{name}: is required")
-    return Key(**{name: _setting(name, value, f"{path}.{name}") for name, value in entry.items()})
+    return made(**{name: _setting(hints[name], value, f"{path}.{name}") for name, value in written.items()})
 
 
-def _setting(name: str, value: Any, path: str) -> Any:
-    """The value, of the type and form that the annotation of `Key` declares."""
+def _setting(hint: Any, value: Any, path: str) -> Any:
+    """The value, of the type and form that an annotation declares."""
     if isinstance(value, date):  # YAML reads an unquoted date as one
         value = value.isoformat()
     if isinstance(value, list):
         value = tuple(value)
-    hint = HINTS[name]
+    if get_origin(hint) in (Union, UnionType):  # `… | None`: to leave a setting out is how None is written
+        hint = get_args(hint)[0]
     declared, *marks = (get_args(hint)[0], *hint.__metadata__) if hasattr(hint, "__metadata__") else (hint,)
     kind = get_origin(declared) or declared
-    if not isinstance(value, kind) or (kind is tuple and not all(isinstance(item, str) for item in value)):
+    if isinstance(kind, type) and is_dataclass(kind):
+        return _section(kind, value, path)
+    right = type(value) is int if kind is int else isinstance(value, kind)  # to Python True is a number
+    if not right or (kind is tuple and not all(isinstance(item, str) for item in value)):
         raise ValueError(f"{path}: must be {KINDS[kind]}")
-    if name == "key" and "${" in value:
+    if path.endswith("].key") and "${" in value:
         raise ValueError(f"{path}: variables are filled in only in config.yaml")
     try:
         for mark in marks:

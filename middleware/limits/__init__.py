@@ -1,4 +1,4 @@
-"""How much one key, one identity, one tracking name may ask: requests and tokens per minute, replies at a time, size of input.
+"""How much one key, identity, tracking name or client may ask: requests and tokens per minute, replies at a time, size of input.
 
 Strategy: what a request may at most cost is reserved before it goes in (`meters`), and settled to what it did cost when its reply
 has ended. A slot is a count in this process, freed by the reply's end, by any exception, and at the latest by its `Lease` dying.
@@ -13,13 +13,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from middleware.limits.bounds import Bounds, wanted_output
+from middleware.limits.client import Proxies
 from middleware.limits.lease import Lease, Limited, Share
 from middleware.limits.meters import Meters
 from middleware.limits.subjects import Subjects
-from proxy.call import Call
+from proxy.call import Call, Peer
 from proxy.estimate import estimated_input
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Handler, Sample, Surroundings
@@ -29,17 +30,21 @@ from proxy.units import Between, ByteSize
 Figure = Literal["requests_per_minute", "tokens_per_minute", "concurrent"]
 Rates = Mapping[Figure, Annotated[int, Between(1, 10**9)]]
 Count = Annotated[int, Between(1, 10**6)]
-KINDS = ("key", "identity", "name")
+FIGURES: tuple[Figure, ...] = get_args(Figure)
+KINDS = ("key", "identity", "name", "client")
 
 
 class Limits:
     """Limits what may be asked, with a 429 that says when to come back.
 
-    per_key, per_identity, per_name: requests_per_minute, tokens_per_minute, concurrent, each optional; a key's own entry
-    (`limits` in auth) goes before per_key. Identities and names count within their key. max_tracked: how many identities, and how
-    many names, are told apart; further ones of a key share one allowance. max_messages, max_tools, max_choices, max_input_bytes
+    per_key, per_identity, per_name, per_client: requests_per_minute, tokens_per_minute, concurrent, each optional; a key's own
+    entry (`limits` in auth) goes before them, figure by figure. Identities, names and clients count within their key. A client is
+    an address; trusted_proxies: whose X-Forwarded-For says which (`10.0.0.0/8`). max_tracked: how many identities, names, clients
+    are told apart, each; further ones of a key share one allowance. max_messages, max_tools, max_choices, max_input_bytes
     (of the messages as JSON): what one request may bring, 400 beyond. Nesting is bounded by server.max_depth.
     """
+
+    NEEDS_PEER = True
 
     def __init__(
         self,
@@ -47,6 +52,8 @@ class Limits:
         per_key: Rates | None = None,
         per_identity: Rates | None = None,
         per_name: Rates | None = None,
+        per_client: Rates | None = None,
+        trusted_proxies: tuple[str, ...] = (),
         max_tracked: Count = 10_000,
         max_messages: Count = 10_000,
         max_tools: Count = 1024,
@@ -54,14 +61,15 @@ class Limits:
         max_input_bytes: Annotated[ByteSize, Between(1, 2**30)] | None = None,
         _meters: Meters | None = None,
     ) -> None:
-        written = {"key": per_key, "identity": per_identity, "name": per_name}
+        written = {"key": per_key, "identity": per_identity, "name": per_name, "client": per_client}
+        self._proxies = Proxies(trusted_proxies)
         self._rates: dict[str, dict[str, int]] = {
             kind: {str(figure): most for figure, most in (rates or {}).items()} for kind, rates in written.items()
         }
         self._bounds = Bounds(max_messages, max_tools, max_choices, max_input_bytes)
         self._subjects = {kind: Subjects(max_tracked) for kind in KINDS}
         # Two meters per subject; beside the tracked ones each key has its own and one shared by the rest.
-        self._meters = _meters or Meters(8 * max_tracked)
+        self._meters = _meters or Meters(10 * max_tracked)
         self._share: Callable[[int], int] | None = None
         self._limited: Counter[str] = Counter()
         self._settling: set[asyncio.Task[None]] = set()
@@ -105,12 +113,19 @@ class Limits:
     def _shares(self, call: Call) -> Iterator[Share]:
         """Whose limits hold for a call, and what they are."""
         owner = call.principal.name
-        own = call.principal.facts.get("limits") or {}
-        if rates := {**self._rates["key"], **{name: value for name, value in own.items() if value is not None}}:
+        own: Mapping[str, Any] = call.principal.facts.get("limits") or {}
+        if rates := _over(self._rates["key"], own):
             yield Share("key", owner, self._parts(rates))
-        for kind, label in (("identity", call.identity), ("name", call.name)):
-            if label is not None and self._rates[kind]:
-                yield Share(kind, self._subjects[kind].subject(owner, label), self._parts(self._rates[kind]))
+        for kind in KINDS[1:]:
+            rates = _over(self._rates[kind], own.get(f"per_{kind}"))
+            if rates and (label := self._label(kind, call)) is not None:
+                yield Share(kind, self._subjects[kind].subject(owner, label), self._parts(rates))
+
+    def _label(self, kind: str, call: Call) -> str | None:
+        if kind == "client":
+            peer = call.extension(Peer)
+            return self._proxies.client(peer.address() if peer is not None else "", call.headers)
+        return call.identity if kind == "identity" else call.name
 
     def _parts(self, rates: Mapping[str, int]) -> Mapping[str, int]:
         share = self._share
@@ -149,6 +164,13 @@ class Limits:
         for kind, subjects in self._subjects.items():
             text = "Replies that hold a concurrency slot."
             yield Sample("penstock_concurrent", "gauge", text, subjects.open, {"per": kind})
+
+
+def _over(rates: Mapping[str, int], own: Mapping[str, Any] | None) -> Mapping[str, int]:
+    """The figures that hold for all, and over them those that a key has of its own."""
+    if not own:
+        return rates
+    return {**rates, **{figure: own[figure] for figure in FIGURES if own.get(figure) is not None}}
 
 
 def _used(lease: Lease, reply: Reply, trailer: Trailer) -> int:

@@ -14,7 +14,7 @@ from middleware.limits.meters import Level, Meters
 from middleware.limits.subjects import Subjects
 from proxy.errors import GatewayError, Outcome
 
-WHOSE = {"key": "this key", "identity": "this identity", "name": "this name"}
+WHOSE = {"key": "this key", "identity": "this identity", "name": "this name", "client": "this address"}
 # By a figure of the config: its name in headers and metrics, and its words.
 RATES = {
     "requests_per_minute": ("requests", "requests per minute"),
@@ -37,7 +37,7 @@ class Limited(GatewayError):
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One subject whose limits hold. kind: key | identity | name. rates: by figure of the config."""
+    """One subject whose limits hold. kind: key | identity | name | client. rates: by figure of the config."""
 
     kind: str
     subject: str
