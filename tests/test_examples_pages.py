@@ -194,9 +194,9 @@ COUNT = "window.renders = 0; new MutationObserver(() => renders++).observe(docum
 
 @pytest.mark.parametrize("page", ["react-chat", "fetch-sse"])
 async def test_a_page_asks_the_gateway_itself_where_cors_lets_it(page: str, here: Site, browser: Browser) -> None:
-    """With a key, from another origin: a preflight, the stream, and an error that the page can read."""
+    """From another origin with a key for its pages: a preflight, the stream, and an error that the page can read."""
     steps, key = Steps(), "sk-page-0123456789abcdef"
-    async with here.before(steps, f"auth: {{keys: [{{name: page, key: {key}}}]}}") as upstream:
+    async with here.before(steps, f"auth: {{keys: [{{name: page, key: {key}, origins: ['{here.address}']}}]}}") as upstream:
         await browser.open(f"{here.address}/{page}/?model=openai/m&url={here.url}&key={key}")
         await browser.ask("Hi")
         steps.begin.set()
