@@ -19,7 +19,7 @@ const types: Record<string, string> = { ".html": "text/html; charset=utf-8", ".j
 const folder = join(import.meta.dirname, "..", "pages");
 // Node forgets to abort the signal of a Request that nobody holds any more, and a route may keep no more of it than the signal.
 const running = new Set<Request>();
-const files = new Set((await readdir(folder, { recursive: true })).map((name) => `/${name}`));
+const files = new Set((await readdir(folder, { recursive: true })).filter(extname).map((name) => `/${name}`));
 
 async function answer(route: Route, asked: IncomingMessage, response: ServerResponse): Promise<void> {
   const gone = new AbortController();
@@ -39,20 +39,24 @@ async function answer(route: Route, asked: IncomingMessage, response: ServerResp
 
 async function page(path: string, response: ServerResponse): Promise<void> {
   const name = path.endsWith("/") ? `${path}index.html` : path;
-  if (!files.has(name)) return void response.writeHead(404).end("Not found. There are: /fetch-sse/ /react-chat/ /ai-sdk-chat/ /eventsource/");
+  if (!files.has(name)) {
+    const there = [...files].filter((file) => file.endsWith("/index.html")).map((file) => file.slice(0, -"index.html".length));
+    return void response.writeHead(404).end(`Not found. There are: ${there.join(" ")}\n`);
+  }
   const text = await readFile(join(folder, name));
   response.writeHead(200, { "Content-Type": types[extname(name)] ?? "application/octet-stream" }).end(text);
 }
 
 const server = createServer(async (asked, response) => {
-  const path = new URL(asked.url ?? "/", "http://localhost").pathname;
-  const load = asked.method === "POST" ? routes[path] : undefined;
   try {
+    const path = new URL(asked.url ?? "/", "http://localhost").pathname;
+    const load = asked.method === "POST" ? routes[path] : undefined;
     await (load ? answer((await load()).POST, asked, response) : page(path, response));
   } catch (error) {
-    // A stream that broke must not end as if it were whole: the connection is cut. One that was aborted is over anyway.
     if (!response.closed) console.error(error);
-    response.destroy();
+    // A stream that broke must not end as if it were whole: the connection is cut.
+    if (response.headersSent) response.destroy();
+    else response.writeHead(500).end();
   }
 });
 server.listen(Number(process.env.PORT ?? 5173), "127.0.0.1", () => {

@@ -16,7 +16,7 @@ import pytest
 import structlog
 
 from proxy.delivery import Delivery
-from tests.support.pages import Browser
+from tests.support.pages import Browser, Site, held_port, site
 
 Json = dict[str, Any]
 NODE = Path(__file__).parent / "node"
@@ -74,6 +74,12 @@ def browser(packages: Json) -> Iterator[Browser]:
         pytest.skip("Chromium is not installed")
     with Browser(packages["program"], packages["env"], chromium) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def here(pages: Json) -> Iterator[Site]:
+    with held_port() as port, site(pages["program"], port) as address:
+        yield Site(address, port)
 
 
 def _install(npm: str, folder: Path, what: str) -> None:

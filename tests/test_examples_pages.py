@@ -8,38 +8,20 @@ The one rule: what a page shows and what the provider's socket saw are asserted 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
-from tests.support.gateway import gateway, until
-from tests.support.pages import ROOT, Browser, held_port, site
-from tests.support.scissors import Scissors
-from tests.support.upstream import Answer, Asked, Line, Upstream, stream, whole
+from tests.support.gateway import until
+from tests.support.pages import ROOT, Browser, Site, event
+from tests.support.upstream import Answer, Asked, Line, stream, whole
 
 Json = dict[str, Any]
-CONFIG = """
-server: {{port: {port}, drain_timeout: 50ms, allow_anonymous: true, cors: {{origins: ["*"]}}}}
-providers:
-  openai: {{api: openai, base_url: "{url}/v1", api_key: "sk-upstream-0123456789"}}
-  demo: {{api: demo}}
-models: {{fast: openai/m}}
-middleware: [{middleware}]
-"""
 PAGES = ["react-chat", "fetch-sse", "ai-sdk-chat"]
-
-
-def event(text: str = "", finish: str | None = None, **fields: Any) -> bytes:
-    choices = [{"index": 0, "delta": {"content": text} if text else {}, "finish_reason": finish}]
-    return b"data: %b\n\n" % json.dumps({"id": "c", "created": 1, "model": "m", "choices": choices, **fields}).encode()
 
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
@@ -67,29 +49,6 @@ async def cut(asked: Asked, line: Line) -> None:
     await line.head()
     await line.chunk(event("half of "))
     line.hang_up()
-
-
-class Site:
-    """The pages' server, started once, and the port on which each test has a gateway. url: of that one, for pages that ask it."""
-
-    def __init__(self, address: str, port: int) -> None:
-        self.address = address
-        self.port = port
-        self.url = quote(f"http://127.0.0.1:{port}/v1/chat/completions", "")
-
-    @asynccontextmanager
-    async def before(self, answer: Answer, middleware: str = "tracking") -> AsyncIterator[Upstream]:
-        async with (
-            Upstream(answer) as upstream,
-            gateway(upstream.url, CONFIG, port=str(self.port), middleware=middleware),
-        ):
-            yield upstream
-
-
-@pytest.fixture(scope="module")
-def here(pages: Json) -> Iterator[Site]:
-    with held_port() as port, site(pages["program"], port) as address:
-        yield Site(address, port)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -189,7 +148,11 @@ async def test_a_gateway_that_is_not_there_is_told(here: Site, browser: Browser)
     await browser.sees("The gateway could not be reached.", "alert")
 
 
-COUNT = "window.renders = 0; new MutationObserver(() => renders++).observe(document.body, {subtree: true, characterData: true})"
+COUNT = """
+window.renders = window.frames_drawn = 0;
+new MutationObserver(() => renders++).observe(document.body, { subtree: true, characterData: true });
+(function frame() { frames_drawn++; requestAnimationFrame(frame); })();
+"""
 
 
 @pytest.mark.parametrize("page", ["react-chat", "fetch-sse"])
@@ -210,14 +173,24 @@ async def test_a_page_asks_the_gateway_itself_where_cors_lets_it(page: str, here
         assert len(upstream.asked) == 1
 
 
-async def test_a_burst_is_rendered_by_frames_and_not_by_tokens(here: Site, browser: Browser) -> None:
-    async with here.before(WHOLE):
-        await browser.open(f"{here.address}/react-chat/?model=demo/long-3000")
+async def drips(asked: Asked, line: Line) -> None:
+    """Many more chunks than a screen has frames, each in a packet of its own."""
+    await line.head()
+    for number in range(300):
+        await line.chunk(event(f"{number} "))
+        await asyncio.sleep(0.001)
+    await line.chunk(REST)
+    await line.end()
+
+
+async def test_text_is_rendered_by_frames_and_not_by_tokens(here: Site, browser: Browser) -> None:
+    async with here.before(drips):
+        await browser.open(f"{here.address}/react-chat/?model=openai/m")
         await browser.do(["evaluate", COUNT])
         await browser.ask("Hi")
-        await browser.do(["locator", "[role=log][aria-busy=false] article:nth-of-type(2)"], ["waitFor"])
-        assert len((await browser.text()).split()) >= 3000
-        assert await browser.do(["evaluate", "renders"]) < 300
+        await browser.sees("298 299 it all")
+        renders, frames = await browser.do(["evaluate", "[renders, frames_drawn]"])
+        assert renders <= frames + 1, "the last one waits for no frame"
 
 
 async def test_a_conversation_takes_its_replies_along(here: Site, browser: Browser) -> None:
@@ -260,44 +233,6 @@ async def test_the_picture_of_the_readme(here: Site, browser: Browser, tmp_path:
                 await browser.do(["getByRole", "button", {"name": "Send"}], ["waitFor"])
         await browser.do(["screenshot", {"path": str(folder / "react-chat.png"), "caret": "hide"}])
     assert 20_000 < (folder / "react-chat.png").stat().st_size < 150_000
-
-
-WORDS = [f"wört {number} 🌊 " for number in range(400)]
-
-
-async def tells(asked: Asked, line: Line) -> None:
-    await line.head()
-    await line.chunk(*(event(word) for word in WORDS), event(finish="stop"), b"data: [DONE]\n\n")
-    await line.end()
-
-
-async def test_an_event_source_comes_back_behind_a_cut(here: Site, pages: Json, browser: Browser) -> None:
-    async with here.before(tells, "resume") as upstream, Scissors(here.port, 1, 1, 30_000) as line:
-        with site(pages["program"], here.port, GATEWAY_PUBLIC=f"http://127.0.0.1:{line.port}") as address:
-            await browser.open(f"{address}/eventsource/?model=openai/m")
-            await browser.press("Send")
-            await browser.sees("line cut", "status")
-            assert len(await browser.text()) < len("".join(WORDS)) - 1
-            for _ in range(2):
-                await browser.sees("complete", "status")
-                assert await browser.do(["getByRole", "log"], ["textContent"]) == "".join(WORDS)
-                await browser.do(["reload"])
-        assert line.cuts == 0
-    assert len(upstream.asked) == 1
-
-
-async def test_an_event_source_shows_an_error(here: Site, browser: Browser) -> None:
-    async with here.before(BROKEN, "resume"):
-        await browser.open(f"{here.address}/eventsource/?model=openai/m")
-        await browser.press("Send")
-        await browser.sees("the provider broke", "status")
-
-
-async def test_an_event_source_tells_what_cannot_be_had(here: Site, browser: Browser) -> None:
-    async with here.before(WHOLE, "resume"):
-        unknown = f"http://127.0.0.1:{here.port}/v1/streams/str_none?token=x"
-        await browser.open(f"{here.address}/eventsource/#{quote(unknown, '')}")
-        await browser.sees("cannot be had any more", "status")
 
 
 def test_the_types_hold(packages: Json) -> None:

@@ -30,6 +30,8 @@ middleware:
 """
 KEY = "a-key-of-the-server"
 HALF = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"Gr\xc3\xbc\xc3\x9fe "}}]}\n\n'
+WHOLE = b'{"id":"c","choices":[{"index":0,"message":{"role":"assistant","content":"x"},"finish_reason":"stop"}]}'
+MESSAGES = {"messages": [{"role": "user", "content": "Hi"}]}
 REST = (
     b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"\xf0\x9f\x8c\x8a"},"finish_reason":"stop"}]}\n\n'
     b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}}\n\ndata: [DONE]\n\n'
@@ -110,12 +112,23 @@ async def test_a_gateway_that_breaks_off_never_looks_like_an_end(pages: Json) ->
 
 async def test_the_route_of_the_event_source_hands_out_a_url_without_the_key(pages: Json) -> None:
     async with serving(pages, stream([HALF, REST])) as (port, upstream):
-        told = (await ask(port, {"model": "openai/m", "messages": chat()["messages"]}, "/api/background")).json
+        told = (await ask(port, {"model": "openai/m", **MESSAGES}, "/api/background")).json
         assert list(told) == ["url"]
         assert KEY not in json.dumps(told)
         async with aiohttp.ClientSession() as session, session.get(told["url"]) as response:
             assert "data: [DONE]" in await response.text()
-        refused = await ask(port, {"model": "nobody/m", "messages": chat()["messages"]}, "/api/background")
+        refused = await ask(port, {"model": "nobody/m", **MESSAGES}, "/api/background")
         assert refused.status == 404
         assert refused.error is not None
         assert len(upstream.asked) == 1
+
+
+async def test_the_route_of_the_event_source_tells_what_the_gateway_lacks(pages: Json) -> None:
+    async with Upstream(whole(WHOLE)) as upstream, gateway(upstream.url) as without:
+        with site(pages["program"], without.port) as address:
+            refused = await ask(int(address.rpartition(":")[2]), {"model": "openai/m", **MESSAGES}, "/api/background")
+            assert refused.status == 502
+            assert refused.error is not None
+            assert "`resume`" in refused.error["message"]
+            faulty = await ask(int(address.rpartition(":")[2]), b"{", "/api/background")
+            assert (faulty.status, faulty.body) == (500, b"")

@@ -1,5 +1,5 @@
-// Follows a stream that runs in the background, with nothing but the browser's EventSource, which comes back by itself when its line
-// is cut, behind the last event that it has seen. `stop = follow(url, { text, end, fail, cut })`.
+// Follows a stream that runs in the background, with nothing but the browser's EventSource, which comes back by itself when its
+// line is cut, behind the last event that it has seen. `stop = follow(url, { text, end, fail, cut })`.
 // The one rule: an error with a number of its own is about the stream, and final; one without is about this line, and passes.
 
 /**

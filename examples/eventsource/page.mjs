@@ -1,4 +1,4 @@
-// The page: asks its own server to begin (route.ts), then follows. The address is kept in the page's own, so that a reload goes on.
+// The page: asks its own server to begin (route.ts), then follows. The URL is kept in the page's own, so that a reload goes on.
 import { follow } from "./follow.mjs";
 
 /** @param {string} id */

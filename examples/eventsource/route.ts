@@ -10,7 +10,12 @@ export async function POST(request: Request): Promise<Response> {
     body: JSON.stringify({ model: model ?? "demo/slow", messages, background: true }),
   });
   const told = await answer.json();
-  if (answer.status !== 202) return Response.json(told, { status: answer.ok ? 502 : answer.status });
+  if (answer.ok && answer.status !== 202) return failure("The gateway has no middleware `resume`.");
+  if (!answer.ok) return Response.json(told, { status: answer.status });
   // Where browsers reach the gateway, if that is not where this server does.
   return Response.json({ url: new URL(told.url, process.env.GATEWAY_PUBLIC ?? gateway).href });
+}
+
+function failure(message: string): Response {
+  return Response.json({ error: { message, type: "api_error", param: null, code: null } }, { status: 502 });
 }

@@ -18,7 +18,8 @@ async function streamed() {
 // Whoever stops reading stops paying: the abort closes the line, and the gateway closes the provider's.
 async function cancelled() {
   const controller = new AbortController();
-  const stream = await client.chat.completions.create({ model: "demo/slow", messages, stream: true }, { signal: controller.signal });
+  const { signal } = controller;
+  const stream = await client.chat.completions.create({ model: "demo/slow", messages, stream: true }, { signal });
   let words = 0;
   for await (const chunk of stream) {
     print(chunk.choices[0]?.delta.content ?? "");

@@ -1,5 +1,5 @@
-// A chat around `useStream`: plain text, a stop button, a typing indicator, an error with retry; usable without a mouse or a screen.
-// The one rule: the log is `aria-busy` while a reply grows, so that a screen reader reads it once, whole, rather than word by word.
+// A chat around `useStream`: plain text, a stop button, a typing indicator, an error with retry; without mouse or screen, too.
+// The one rule: the log is `aria-busy` while a reply grows, so that a screen reader reads it once, whole, and not word by word.
 import { useEffect, useRef, useState, type FormEvent, type KeyboardEvent } from "react";
 import { useStream, type Message, type Options } from "./useStream.ts";
 import "./chat.css";

@@ -1,4 +1,4 @@
-// A browser for the tests: each line of stdin is a chain of calls of Playwright's, beginning at the page, and is answered by a line.
+// A browser for the tests: each line of stdin is a chain of Playwright's calls, beginning at the page, and is answered by a line.
 //
 //   NODE_PATH=examples/node_modules node browser.cjs <chromium>
 //   [["getByRole", "button", {"name": "Stop"}], ["click"]]  ->  {"found": null}

@@ -12,13 +12,25 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+from tests.support.gateway import gateway
+from tests.support.upstream import Answer, Upstream
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parent.parent.parent
+CONFIG = """
+server: {{port: {port}, drain_timeout: 50ms, allow_anonymous: true, cors: {{origins: ["*"]}}}}
+providers:
+  openai: {{api: openai, base_url: "{url}/v1", api_key: "sk-upstream-0123456789"}}
+  demo: {{api: demo}}
+models: {{fast: openai/m}}
+middleware: [{middleware}]
+"""
 SERVER = ROOT / "examples" / "dist" / "server" / "serve.js"
 
 
@@ -94,3 +106,25 @@ def held_port() -> Iterator[int]:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
         yield holder.getsockname()[1]
+
+
+def event(text: str = "", finish: str | None = None, **fields: Any) -> bytes:
+    choices = [{"index": 0, "delta": {"content": text} if text else {}, "finish_reason": finish}]
+    return b"data: %b\n\n" % json.dumps({"id": "c", "created": 1, "model": "m", "choices": choices, **fields}).encode()
+
+
+class Site:
+    """The pages' server, started once, and the port on which each test has a gateway. url: of that one, for pages that ask it."""
+
+    def __init__(self, address: str, port: int) -> None:
+        self.address = address
+        self.port = port
+        self.url = quote(f"http://127.0.0.1:{port}/v1/chat/completions", "")
+
+    @asynccontextmanager
+    async def before(self, answer: Answer, middleware: str = "tracking") -> AsyncIterator[Upstream]:
+        async with (
+            Upstream(answer) as upstream,
+            gateway(upstream.url, CONFIG, port=str(self.port), middleware=middleware),
+        ):
+            yield upstream

@@ -24,7 +24,7 @@ export async function POST(request: Request): Promise<Response> {
       }),
       signal: request.signal, // the page has gone, or somebody pressed stop
     });
-    const headers = PASSED.flatMap((name) => (upstream.headers.has(name) ? [[name, upstream.headers.get(name)!] as [string, string]] : []));
+    const headers = new Headers([...upstream.headers].filter(([name]) => PASSED.includes(name)));
     return new Response(upstream.body, { status: upstream.status, headers });
   } catch (error) {
     if (request.signal.aborted) throw error;
