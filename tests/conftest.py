@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,9 +16,11 @@ import pytest
 import structlog
 
 from proxy.delivery import Delivery
+from tests.support.pages import Browser, Site, held_port, site
 
 Json = dict[str, Any]
 NODE = Path(__file__).parent / "node"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture(scope="session")
@@ -32,16 +36,63 @@ def node(pytestconfig: pytest.Config) -> Json:
     if not installed.exists():
         for name in ("package.json", "package-lock.json"):
             shutil.copy(NODE / name, folder / name)
-        try:
-            done = subprocess.run(
-                [npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts"], cwd=folder, env=dict(os.environ),
-                capture_output=True, timeout=60,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            pytest.skip("npm could not install the Node SDK within 60 s")
-        if done.returncode:
-            pytest.skip(f"npm could not install the Node SDK (exit status {done.returncode})")
+        _install(npm, folder, "the Node SDK")
     return {"program": program, "env": {**os.environ, "NODE_PATH": str(folder / "node_modules"), "NO_PROXY": "*"}}
+
+
+@pytest.fixture(scope="session")
+def packages() -> Json:
+    """What the examples import, in examples/node_modules, and the environment for Node. Installed once per state of the lock."""
+    program, npm = shutil.which("node"), shutil.which("npm")
+    if program is None or npm is None:
+        pytest.skip("Node and npm are not installed")
+    modules = EXAMPLES / "node_modules"
+    stamp, lock = modules / ".installed", (EXAMPLES / "package-lock.json").read_bytes()
+    want = hashlib.sha256(lock).hexdigest()
+    if not stamp.exists() or stamp.read_text() != want:
+        _install(npm, EXAMPLES, "what the examples import")
+        stamp.write_text(want)
+    return {"program": program, "env": {**os.environ, "NODE_PATH": str(modules), "NO_PROXY": "*"}}
+
+
+@pytest.fixture(scope="session")
+def pages(packages: Json) -> Json:
+    """The environment for Node, once the pages of the examples are built."""
+    vite = EXAMPLES / "node_modules" / "vite" / "bin" / "vite.js"
+    for which in ([], ["--ssr", "serve.ts"]):
+        command = [packages["program"], str(vite), "build", "--logLevel", "error", *which]
+        done = subprocess.run(command, cwd=EXAMPLES, env=packages["env"], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return packages
+
+
+@pytest.fixture(scope="session")
+def browser(packages: Json) -> Iterator[Browser]:
+    """One Chromium for the whole run."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    with Browser(packages["program"], packages["env"], chromium) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def here(pages: Json) -> Iterator[Site]:
+    with held_port() as port, site(pages["program"], port) as address:
+        yield Site(address, port)
+
+
+def _install(npm: str, folder: Path, what: str) -> None:
+    """What the lock in `folder` names. Skips the test where the registry cannot be had; a lock that is wrong is no reason to."""
+    command = [npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
+    try:
+        done = subprocess.run(command, cwd=folder, env=dict(os.environ), capture_output=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"npm could not install {what} within 120 s")
+    code = re.search(rb"code (E\w+)", done.stderr)
+    assert code is None or code[1] != b"EUSAGE", done.stderr.decode()
+    if done.returncode:
+        pytest.skip(f"npm could not install {what} ({code[1].decode() if code else f'exit status {done.returncode}'})")
 
 
 @pytest.fixture
