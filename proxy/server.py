@@ -110,8 +110,12 @@ class Edge(OpenCalls):
         if path in HEALTH and "verbose" not in request.query:
             allow(request, "GET", "HEAD")
             return self._health(path)
-        self._check_host(headers.get("host", ""), generation.settings.loopback_only)
-        if cors is not None and generation.authenticate is None:
+        loopback_only = generation.settings.loopback_only
+        self._check_host(headers.get("host", ""), loopback_only)
+        if cors is None:
+            if loopback_only and request.method == "POST":
+                self._check_origin(headers.get("origin"))
+        elif generation.authenticate is None:
             # Else a page needs a key. Here its requests would be served, and merely their answers be hidden from it.
             cors.check(headers.get("origin", ""))
         if point := self._signed(generation, request):
@@ -224,13 +228,19 @@ class Edge(OpenCalls):
         return Answer(orjson.dumps(found, default=str), 200 if self._ready else 503)
 
     def _check_host(self, host: str, loopback_only: bool) -> None:
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if loopback_only and name.strip("[]").lower() not in LOOPBACK_HOSTS:
+        if loopback_only and not _is_loopback(host):
             raise Refused(
                 "Without auth this gateway only answers to the Host localhost, 127.0.0.1 or [::1].",
                 status=403,
                 code="host_not_allowed",
             )
+
+    def _check_origin(self, origin: str | None) -> None:
+        """A page that is merely open in this machine's browser must not spend: some POSTs need no preflight. One that is served
+        from this machine is its user's own, and comes so through development servers, too."""
+        if origin is not None and not _is_here(origin):
+            message = "Without auth this gateway answers no page of another machine; server.cors.origins says which may call."
+            raise Refused(message, status=403, code="origin_not_allowed", type="permission_error")
 
     def _models(self, generation: Generation, model: str, principal: Principal) -> Response:
         """The models, or one of them; what a key may not use does not exist for it."""
@@ -301,3 +311,15 @@ def _nothing(request: Request) -> NoReturn:
 def _answered(answer: Answer) -> Response:
     fields = {"Server": "penstock", "Content-Type": answer.content_type, **answer.headers}
     return Response(answer.status, answer.body, fields)
+
+
+def _is_loopback(host: str) -> bool:
+    """A name of this machine itself, with or without a port."""
+    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    return name.strip("[]").lower() in LOOPBACK_HOSTS
+
+
+def _is_here(origin: str) -> bool:
+    """Is it the origin of a page that this machine serves to itself?"""
+    scheme, found, host = origin.partition("://")
+    return bool(found) and scheme in ("http", "https") and _is_loopback(host)
