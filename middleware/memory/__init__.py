@@ -118,7 +118,7 @@ class Memory:
         memory."""
         try:
             async with asyncio.timeout(self._timeout):
-                await self._saves.settled(key)
+                await self._saves.settled(*key)
                 turns = await self._store().turns(*key, self._budget.turns)
         except (StoreUnavailable, TimeoutError):
             self._counts["unavailable"] += 1
@@ -139,11 +139,11 @@ class Memory:
         else:
             self._saves.counts[turn] += 1
 
-    async def _written(self, key: Key) -> None:
-        """Raises StoreUnavailable where what was said in a session is not written within `timeout`."""
+    async def _written(self, owner: str, session: str | None) -> None:
+        """Raises StoreUnavailable where what was said in a session, or in all of the owner's, is not written within `timeout`."""
         try:
             async with asyncio.timeout(self._timeout):
-                await self._saves.settled(key)
+                await self._saves.settled(owner, session)
         except TimeoutError:
             raise StoreUnavailable("turns are still waiting to be written") from None
 

@@ -17,6 +17,7 @@ from middleware.memory.messages import OLDER, RESULTS, answered, calls_of, text_
 from proxy.store import Turn
 
 Json = dict[str, Any]
+NONE: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +48,17 @@ def paired(history: Sequence[Json], following: Sequence[Json]) -> list[Json]:
     """The history's messages as they can stand before `following`: each tool call answered right behind it, each result called
     for, and no answer that says nothing."""
     found: list[Json] = []
-    called: Collection[str] = ()
+    called = NONE
     for at, message in enumerate(history):
         if message["role"] in RESULTS:
-            if answered(message) in called:
+            if (id := answered(message)) in called:
                 found.append(message)
+                called -= {id}
             continue
-        called = ()
+        called = NONE
         if message["role"] == "assistant":
-            behind = {answered(result) for result in _results(history, at + 1, following)}
-            called = behind.intersection(calls_of(message))
+            behind = frozenset(answered(result) for result in _results(history, at + 1, following))
+            called = behind & frozenset(calls_of(message))
             message = _calling(message, called)
             if not (called or text_of(message) or message.get("refusal") or message.get("provider_blocks")):
                 continue

@@ -78,7 +78,8 @@ class Recorder:
     def _fold(self) -> None:
         self._since = 0
         choice = self.choice()
-        self._items = [] if choice is None else list(unfold({"choices": [choice]})[0])
+        content, finish, _ = unfold({"choices": [] if choice is None else [choice]})
+        self._items = [*content, *finish]
 
     def _let_go(self) -> None:
         self.too_large = True

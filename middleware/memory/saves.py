@@ -48,10 +48,14 @@ class Saves:
         if key not in self._tasks:
             self._tasks[key] = asyncio.get_running_loop().create_task(self._write_all(key))
 
-    async def settled(self, key: Key) -> None:
-        """Returns when no turn of this session waits any more; at once where none does."""
-        if (task := self._tasks.get(key)) is not None:
-            await asyncio.wait((task,))
+    async def settled(self, owner: str, session: str | None = None) -> None:
+        """Returns when no turn of this session, or of any of the owner's, waits any more; at once where none does."""
+        if session is not None:
+            tasks = [task] if (task := self._tasks.get((owner, session))) is not None else []
+        else:
+            tasks = [task for key, task in self._tasks.items() if key[0] == owner]
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def close(self, seconds: float) -> None:
         """Write what waits, for at most so long; what is left then has failed."""

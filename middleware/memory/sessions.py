@@ -41,10 +41,10 @@ def no_memory() -> GatewayError:
 
 
 class Sessions:
-    """The endpoints. conversations: those that there are now. settled: returns when what was said in a session of an owner is
-    written; raises StoreUnavailable where that takes too long."""
+    """The endpoints. conversations: those that there are now. settled: returns when what was said in a session of an owner, or
+    in all of them, is written; raises StoreUnavailable where that takes too long."""
 
-    def __init__(self, conversations: Callable[[], Conversations], settled: Callable[[tuple[str, str]], Awaitable[None]]) -> None:
+    def __init__(self, conversations: Callable[[], Conversations], settled: Callable[[str, str | None], Awaitable[None]]) -> None:
         self._conversations = conversations
         self._settled = settled
         self.endpoints = (
@@ -58,6 +58,7 @@ class Sessions:
         _known(query, "limit", "after")
         most, after = _number(query, "limit", USUAL_PAGE, LONGEST_PAGE), query.params.get("after")
         owner, conversations = owner_of(query.principal, query.identity), self._conversations()
+        await self._settled(owner, None)
         if after is not None and await conversations.session(owner, after) is None:
             raise Refused("after: there is no such session.", code="invalid_value", param="after")
         found = await conversations.sessions(owner, most + 1, after)
@@ -92,9 +93,9 @@ class Sessions:
 
     async def _named(self, query: Query) -> tuple[str, str]:
         """The owner, and the id that the path ends with."""
-        named = owner_of(query.principal, query.identity), unquote(query.raw_path.rpartition("/")[2])
-        await self._settled(named)
-        return named
+        owner, name = owner_of(query.principal, query.identity), unquote(query.raw_path.rpartition("/")[2])
+        await self._settled(owner, name)
+        return owner, name
 
 
 def _answering(handler: Callable[[Query], Awaitable[Json]]) -> Callable[[Query], Awaitable[Answer]]:
