@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from middleware.memory.expand import expanded, unknown
@@ -332,6 +332,7 @@ CHUNKS = [
 ]
 
 
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, len(CHUNKS) - 1), max_size=8), st.booleans())
 def test_folded_in_portions_or_at_once_the_answer_is_the_same(cuts: list[int], as_bytes: bool) -> None:
     assert sum(len(encoded(one)) for one in CHUNKS) > 3 * GRAIN, "it is folded on the way"

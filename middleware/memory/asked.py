@@ -14,6 +14,8 @@ from proxy.call import Call
 from proxy.own_fields import Field, OwnFields
 
 SESSION, SAVE = ("sessionId", "session_id"), ("saveToMemory", "save_to_memory")
+# Most requests of a gateway have none of these; then nothing more is looked for.
+NAMES = frozenset({*SESSION, *SAVE, "thread"})
 LONGEST = 256
 
 
@@ -27,6 +29,8 @@ class Asked:
 
 def read(call: Call, own: OwnFields, threads: bool) -> Asked | None:
     """None where no session is named. Raises Refused (400) with the path."""
+    if not own.any(NAMES):
+        return None
     save = _one(own, SAVE)
     wanted = save is None or save.flag()
     session = _one(own, SESSION)

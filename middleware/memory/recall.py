@@ -57,9 +57,9 @@ def paired(history: Sequence[Json], following: Sequence[Json]) -> list[Json]:
             continue
         called = NONE
         if message["role"] == "assistant":
-            behind = frozenset(answered(result) for result in _results(history, at + 1, following))
-            called = behind & frozenset(calls_of(message))
-            message = _calling(message, called)
+            if ids := calls_of(message):
+                called = frozenset(ids).intersection(map(answered, _results(history, at + 1, following)))
+                message = _calling(message, called)
             if not (called or text_of(message) or message.get("refusal") or message.get("provider_blocks")):
                 continue
         found.append(message)

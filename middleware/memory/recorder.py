@@ -8,7 +8,7 @@ The one rule: an answer that has grown beyond `most` is let go of at once.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import orjson
@@ -61,19 +61,22 @@ class Recorder:
         if self._whole:
             found: Json = Batch(self._items).chunks[0]
             return found
-        return fold(map(self._wanted, Batch(self._items).chunks), None)
+        return fold(self._wanted(Batch(self._items).chunks), None)
 
-    def _wanted(self, chunk: Chunk) -> Chunk:
-        choices = [
-            {
-                "index": 0,
-                "delta": {name: value for name, value in choice["delta"].items() if name not in self._without},
-                "finish_reason": choice.get("finish_reason"),
-            }
-            for choice in chunk["choices"]
-            if choice["index"] == 0
-        ]
-        return {"choices": choices}
+    def _wanted(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        """The first choice's deltas. Adjacent text is joined here, once: added delta by delta it would be copied as often."""
+        texts: list[str] = []
+        for choice in (choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == 0):
+            delta, finish = choice["delta"], choice.get("finish_reason")
+            if len(delta) == 1 and finish is None and isinstance(text := delta.get("content"), str):
+                texts.append(text)
+                continue
+            if texts:
+                yield _chunk({"content": "".join(texts)})
+                texts.clear()
+            yield _chunk({name: value for name, value in delta.items() if name not in self._without}, finish)
+        if texts:
+            yield _chunk({"content": "".join(texts)})
 
     def _fold(self) -> None:
         self._since = 0
@@ -84,3 +87,7 @@ class Recorder:
     def _let_go(self) -> None:
         self.too_large = True
         self._items = []
+
+
+def _chunk(delta: Json, finish: str | None = None) -> Chunk:
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
