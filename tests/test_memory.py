@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import pytest
 
 from middleware import TABLE
 from middleware.memory import HEADER
+from proxy.call import Call
 from proxy.config import parse
+from proxy.pipeline import Handler
+from proxy.reply import Batch, Head, Reply, Trailer
 from tests.support.gateway import Answer, ask, until
 from tests.support.rawclient import connected
 from tests.support.sessions import CONFIG, DONE, Here, event, remembering, says, stream_of, user
@@ -423,6 +427,32 @@ async def test_two_requests_of_one_session_at_once_lose_nothing(tmp_path: Path) 
         found = await here.turns()
         assert sorted(turn[0]["content"] for turn in found) == [f"q{number}" for number in range(10)]
         assert {turn[1]["content"] for turn in found} == {f"a{number}" for number in range(1, 11)}
+
+
+async def test_a_client_that_repeats_its_request_id_loses_nothing(tmp_path: Path) -> None:
+    async with remembering(tmp_path) as here:
+        for question in ("q1", "q2"):
+            await here.say(question, headers={"X-Request-Id": "always-the-same"})
+        assert await here.turns() == [[user("q1"), says("a1")], [user("q2"), says("a2")]]
+
+
+class Closed:
+    """Answers by itself, as an accepted job does."""
+
+    async def __call__(self, call: Call, next: Handler) -> Reply:
+        async def batches() -> AsyncIterator[Batch]:
+            yield Batch([{"object": "job"}])
+
+        return Reply(Head("", status=202), batches(), Trailer(), whole=True)
+
+
+async def test_a_middlewares_own_answer_is_no_turn(tmp_path: Path, lines: list[Json]) -> None:
+    config = CONFIG.replace("  - coalesce\n", "  - closed\n")
+    async with remembering(tmp_path, config=config, table={"closed": Closed}) as here:
+        answer = await here.say("q1")
+        assert (answer.status, answer.json) == (202, {"object": "job"})
+        assert HEADER not in answer.headers
+        assert here.counts == {"lookups_total/new": 1}
 
 
 # One config after another, and the figures.

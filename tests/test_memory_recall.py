@@ -219,6 +219,9 @@ def test_before_messages_that_are_older_than_all_that_is_remembered_nothing_is_p
     own = [user("q1"), says("a1"), *said(turns), user("q4")]
     found = expanded(own, turns, KEEPING, LARGE)
     assert (found.messages, found.turns, found.sent, found.new) == (own, 0, 2, [user("q4")])
+    some = [user("q0"), says("a0"), *said(turns[1:]), user("q4")]
+    found = expanded(some, turns, KEEPING, LARGE)
+    assert (found.messages, found.turns, found.sent) == (some, 0, 1)
 
 
 def test_a_question_that_was_put_differently_goes_on_from_where_it_was() -> None:

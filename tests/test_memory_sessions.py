@@ -246,6 +246,17 @@ async def test_what_is_too_old_or_too_much_goes_by_and_by(store: Store) -> None:
     await retention.close()
 
 
+async def test_where_age_is_no_bound_old_sessions_stay(store: Store) -> None:
+    kept, time = store.conversations, Time()
+    for number in range(3):
+        await kept.append("o", "s", Turn([user("q")], 1, float(number), f"r{number}"))
+    retention = Retention(Bounds(keep=0, sessions=0, turns=2), lambda: time.now, time.sleep)
+    retention.start(kept)
+    await time.slept.get()
+    assert [(found.id, found.turns) for found in await kept.sessions("o", 9)] == [("s", 2)]
+    await retention.close()
+
+
 async def test_sessions_beyond_the_last_used_ones_go(tmp_path: Path) -> None:
     async with remembering(tmp_path) as here:
         for name in ("a", "b", "c"):

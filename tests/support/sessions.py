@@ -175,12 +175,14 @@ class Here:
 
 
 @asynccontextmanager
-async def remembering(folder: Path, options: str = "", outer: str = "", config: str = CONFIG) -> AsyncIterator[Here]:
-    """options: of `memory`. outer: lines of config that stand outside of it."""
+async def remembering(
+    folder: Path, options: str = "", outer: str = "", config: str = CONFIG, table: Mapping[str, Any] | None = None
+) -> AsyncIterator[Here]:
+    """options: of `memory`. outer: lines of config that stand outside of it. table: further middleware."""
     provider = Provider()
     async with (
         Upstream(provider) as upstream,
-        gateway(upstream.url, config, folder=str(folder), options=options, outer=outer) as running,
+        gateway(upstream.url, config, table=table, folder=str(folder), options=options, outer=outer) as running,
     ):
         yield Here(running, upstream, provider)
 
