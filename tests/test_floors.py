@@ -64,6 +64,7 @@ THIRD_PARTY = {
     "cachetools": {"middleware.cache.store"},
     "throttled": {"middleware.limits.meters"},
     "prometheus_client": {"middleware.metrics.families", "middleware.metrics.samples"},
+    "asyncpg": {"proxy.store.postgres.database", "proxy.store.postgres.conversations"},
     "numpy": {"proxy.store.sqlite.nearest"},
     "genai_prices": {"middleware.metrics.prices", "middleware.fallback.prices"},
 }
