@@ -305,6 +305,19 @@ async def test_a_refusal_and_a_providers_error_leave_nothing_behind(tmp_path: Pa
         assert await here.turns() == []
 
 
+async def test_in_postgres_as_well(database: str) -> None:
+    config = CONFIG.replace('data_dir: "{folder}"', 'store: "{folder}"')
+    async with remembering(database, config=config) as here:
+        alice, bob = ({"X-ORQ-IDENTITY-ID": name} for name in ("alice", "bob"))
+        answers = await asyncio.gather(*(here.say(f"q{number}", "ö/1", headers=alice) for number in range(5)))
+        assert all(answer.done for answer in answers)
+        assert (await here.say("q5", "ö/1", headers=alice)).headers[HEADER] == "turns=5"
+        assert (await here.say("q1", "ö/1", headers=bob)).headers[HEADER] == "turns=0"
+        assert len(await here.turns("ö/1", headers=alice)) == 6
+        assert (await here.get("/v1/sessions/%C3%B6%2F1", "DELETE", headers=alice))[0] == 200
+        assert len(await here.turns("ö/1", headers=bob)) == 1
+
+
 # The store fails, or is slow.
 
 
@@ -379,11 +392,28 @@ async def test_what_fails_for_a_moment_is_saved_all_the_same(tmp_path: Path) -> 
         store = here.faulty()
         store.go.clear()
         await here.say("q1")
-        store.faults = 2
+        store.faults = 1
         store.go.set()
         assert (await here.say("q2")).headers[HEADER] == "turns=1"
-        assert len(here.paused) == 2
+        assert len(here.paused) == 1
         assert "turns_total/failed" not in here.counts
+
+
+async def test_a_save_that_fails_again_is_not_waited_for(tmp_path: Path) -> None:
+    async with remembering(tmp_path, "timeout: 60s") as here:
+        store = here.faulty()
+        here.rested, store.go = asyncio.Semaphore(1), asyncio.Event()
+        await here.say("q1")
+        store.faults = 2
+        store.go.set()
+        await until(lambda: len(here.paused) == 2)
+        assert (await here.say("q2", saveToMemory=False)).headers[HEADER] == "unavailable"
+        assert (await here.say("q3", "t")).headers[HEADER] == "turns=0"
+        assert [found["id"] for found in (await here.get("/v1/sessions"))[1]["data"]] == ["t"]
+        assert (await here.get("/v1/sessions/s", "DELETE"))[0] == 503
+        here.rested.release()
+        await until(lambda: not here.memory.health()["waiting"])
+        assert (await here.say("q4")).headers[HEADER] == "turns=1"
 
 
 async def test_what_waits_is_written_before_the_gateway_ends(tmp_path: Path) -> None:

@@ -120,6 +120,15 @@ def test_a_call_is_recalled_with_its_results_or_not_at_all(turns: list[Turn], bu
     assert paired(found, [user("next")]) == found, "nothing of a well-formed history is lost"
 
 
+def test_an_answer_without_a_question_belongs_to_the_turn_before_it() -> None:
+    """A client that sends the whole history, and nothing new, is answered once more."""
+    turns = [turn(user("q1"), says("a1")), turn(says("a1, again"))]
+    assert recalled(turns, Budget(2, 9)) == turns
+    assert recalled(turns, Budget(1, 9)) == []
+    greeted = [turn(says("Hello."), user("q1"), says("a1"))]
+    assert recalled(greeted, Budget(1, 9)) == greeted
+
+
 def is_accepted(messages: Sequence[Json]) -> bool:
     """As strict providers see it: results right behind the message that calls, one for each call, and no other results."""
     waiting: set[str] = set()

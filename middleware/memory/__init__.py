@@ -143,7 +143,7 @@ class Memory:
         """Raises StoreUnavailable where what was said in a session, or in all of the owner's, is not written within `timeout`."""
         try:
             async with asyncio.timeout(self._timeout):
-                await self._saves.settled(owner, session)
+                await (self._saves.all_settled(owner) if session is None else self._saves.settled(owner, session))
         except TimeoutError:
             raise StoreUnavailable("turns are still waiting to be written") from None
 

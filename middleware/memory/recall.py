@@ -40,8 +40,12 @@ def recalled(turns: Sequence[Turn], budget: Budget) -> Sequence[Turn]:
 
 
 def _starts(turns: Sequence[Turn]) -> list[int]:
-    """Where a piece may begin: with a turn that does not answer a call of the one before it."""
-    return [number for number, turn in enumerate(turns) if turn.messages and turn.messages[0]["role"] not in RESULTS]
+    """Where a piece may begin: with a turn in which the user said something, and that answers no call of the one before it."""
+    return [number for number, turn in enumerate(turns) if turn.messages[0]["role"] not in RESULTS and _asks(turn)]
+
+
+def _asks(turn: Turn) -> bool:
+    return any(message["role"] == "user" for message in turn.messages)
 
 
 def paired(history: Sequence[Json], following: Sequence[Json]) -> list[Json]:

@@ -123,6 +123,7 @@ class Here:
     upstream: Upstream
     provider: Provider
     paused: list[float] = field(default_factory=list)
+    rested: asyncio.Semaphore | None = None
 
     @property
     def memory(self) -> Memory:
@@ -161,11 +162,11 @@ class Here:
         return [turn["messages"] for turn in found["data"]] if status == 200 else []
 
     def faulty(self) -> Store:
-        """Put a store between that fails when told to; pauses between tries are over at once."""
+        """Put a store between that fails when told to; pauses between tries are over at once, or as `rested` lets them."""
 
         async def sleep(seconds: float) -> None:
             self.paused.append(seconds)
-            await asyncio.sleep(0)
+            await (asyncio.sleep(0) if self.rested is None else self.rested.acquire())
 
         memory = self.memory
         found = Store(memory._store())
@@ -176,9 +177,10 @@ class Here:
 
 @asynccontextmanager
 async def remembering(
-    folder: Path, options: str = "", outer: str = "", config: str = CONFIG, table: Mapping[str, Any] | None = None
+    folder: Path | str, options: str = "", outer: str = "", config: str = CONFIG, table: Mapping[str, Any] | None = None
 ) -> AsyncIterator[Here]:
-    """options: of `memory`. outer: lines of config that stand outside of it. table: further middleware."""
+    """options: of `memory`. outer: lines of config that stand outside of it. table: further
+    middleware."""
     provider = Provider()
     async with (
         Upstream(provider) as upstream,
