@@ -7,7 +7,7 @@ The one rule: whoever may not read a session cannot tell it from one that is not
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import unquote
 
@@ -69,20 +69,12 @@ class Sessions:
         _known(query, "limit", "before")
         most, before = _number(query, "limit", USUAL_PAGE, LONGEST_PAGE), _number(query, "before", 0, 2**53)
         owner, name = await self._named(query)
-        session = await self._conversations().session(owner, name)
+        conversations = self._conversations()
+        session = await conversations.session(owner, name)
         if session is None:
             raise _not_found()
-        turns = await self._turns(owner, name, most + 1, before)
+        turns = await conversations.turns(owner, name, most + 1, before)
         return {**_session(session), **_page([_turn(turn) for turn in turns[-most:]], more=len(turns) > most)}
-
-    async def _turns(self, owner: str, name: str, most: int, before: int) -> Sequence[Turn]:
-        """The newest ones, or the newest ones before that number."""
-        conversations = self._conversations()
-        if not before:
-            return await conversations.turns(owner, name, most)
-        last = next((turn.number for turn in await conversations.turns(owner, name, 1)), 0)
-        found = await conversations.turns(owner, name, most + max(0, last - before + 1))
-        return [turn for turn in found if turn.number < before][-most:]
 
     async def _delete(self, query: Query) -> Json:
         """Forget a session with all that was said in it."""

@@ -89,9 +89,9 @@ class Store:
         self._look()
         return await self.inner.append(owner, session, turn)
 
-    async def turns(self, owner: str, session: str, most: int) -> Any:
+    async def turns(self, owner: str, session: str, most: int, before: int = 0) -> Any:
         self._look()
-        return await self.inner.turns(owner, session, most)
+        return await self.inner.turns(owner, session, most, before)
 
     async def sessions(self, owner: str, most: int, after: str | None = None) -> Any:
         self._look()
