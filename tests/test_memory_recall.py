@@ -432,6 +432,8 @@ def test_a_broken_reply_without_text_is_nothing_to_go_on_from() -> None:
 def test_what_was_filtered_is_not_remembered() -> None:
     assert ended([chunk({"content": "bad"}), chunk({}, "content_filter")], Outcome.COMPLETED) == "filtered"
     assert ended([chunk({"content": "bad"})], Outcome.BLOCKED) == "filtered"
+    dropping = Policy(KEEPING, partial=False, most=10**6)
+    assert ended([chunk({"content": "bad"}), chunk({}, "content_filter")], Outcome.CANCELLED, dropping) == "filtered"
 
 
 def test_the_bound_is_on_the_whole_turn() -> None:

@@ -8,7 +8,7 @@ Its place: outside of `coalesce` and `cache`, whose question is the whole conver
 from a reply what is not to be remembered; inside of `resume` and `disconnect`, which read on for those who have left.
 The one rule: nobody waits for the store longer than `timeout`, and no answer is lost by it, however it fails.
 
-Cost: nothing around a request that names no session; else a look-up before it, and 0.3 us per batch of its reply.
+Cost: nothing around a request that names no session; else a look-up before it, and 0.14 us per batch of its reply.
 """
 
 from __future__ import annotations

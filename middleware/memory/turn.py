@@ -42,12 +42,13 @@ def turn_of(
     policy: Policy, new: Sequence[Json], recorder: Recorder, outcome: Outcome, created: float, request: str, model: str
 ) -> Turn | Lost:
     """The turn, or why there is none."""
-    partial = outcome not in ENDED
-    choice = recorder.choice() if policy.partial or not partial else None
-    if recorder.too_large:
-        return "too_large"
+    partial, choice = outcome not in ENDED, recorder.choice()
     if outcome is Outcome.BLOCKED or (choice is not None and choice.get("finish_reason") == "content_filter"):
         return "filtered"
+    if partial and not policy.partial:
+        return "broken"
+    if recorder.too_large:
+        return "too_large"
     if choice is None or (partial and _breaks_off(choice["message"])):
         return "broken"
     messages = [*new, policy.keeping.of_answer(choice["message"])]
