@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from proxy.__main__ import summary
 from proxy.call import Call, altered
 from proxy.config import ConfigError, parse
 from proxy.configfile import ConfigFile
@@ -243,6 +244,21 @@ def test_what_is_wrong_with_it_is_said_by_its_path_and_without_the_password(text
         parse(text, {})
     assert refused.value.faults[0].startswith(f"{fault}")
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("", ["store: SQLite in one"]),
+        ("store: postgresql://u:hunter2@db:5432/penstock", ["store: PostgreSQL at db:5432/penstock"]),
+        ("store: 'postgresql:///penstock?host=/run/x&password=hunter2'", ["store: PostgreSQL at the usual socket/penstock"]),
+    ],
+)
+def test_check_says_where_it_lies_and_not_who_may_open_it(written: str, said: list[str]) -> None:
+    config = parse(CONFIG.format(folder="one", middleware="keeping") + written, {}, TABLE)
+    assert [line for line in summary(config) if line.startswith("store")] == said
+    config = parse(CONFIG.format(folder="one", middleware="other") + written, {}, TABLE)
+    assert [line for line in summary(config) if line.startswith("store")] == []
 
 
 def test_postgres_without_its_driver_is_a_fault_that_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

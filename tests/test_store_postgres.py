@@ -193,6 +193,8 @@ async def test_the_password_is_never_said() -> None:
     database = Database(NOWHERE.replace("hunter2", "hunter%32%2F"), 3, 10.0, quiet, Pauses())
     for text in ("no entry for hunter2/ here", "dsn postgresql://penstock:hunter%32%2F@127.0.0.1"):
         assert "hunter" not in database._said(OSError(text))
+    other = Database("postgresql://h/d?password=hunter2", 3, 10.0, quiet)
+    assert other._said(OSError("not hunter2")) == "not ***"
     await database.open()
     assert database.trouble is not None
     assert "hunter" not in database.trouble

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +192,23 @@ async def test_the_full_text_index_stays_true_to_the_passages(tmp_path: Path) ->
     assert db.execute("SELECT count(*) FROM passages_text WHERE passages_text MATCH 'text'").fetchone() == (4,)
     assert db.execute("PRAGMA foreign_key_check").fetchall() == []
     db.close()
+
+
+async def test_the_backup_of_the_docs_is_whole_while_the_store_is_in_use(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "store.md").read_text()
+    (command,) = re.findall(r"```sh\n(python3 .*?)```", text, re.DOTALL)
+    home = await sqlite.opened(tmp_path / "data")
+    await home.store.conversations.append("o", "s", Turn([], 1, 1.0, "r"))
+    await indexed(home.store, "o", "a", "some text")
+    words = ["bash", "-c", command.replace("python3", sys.executable)]
+    await asyncio.to_thread(subprocess.run, words, cwd=tmp_path, check=True)
+    await home.close()
+    (tmp_path / "restored").mkdir()
+    (tmp_path / "backup.db").rename(tmp_path / "restored" / "penstock.db")
+    home = await sqlite.opened(tmp_path / "restored")
+    assert len(await home.store.conversations.turns("o", "s", 10)) == 1
+    assert await found(home.store, "o") == ["some text"]
+    await home.close()
 
 
 async def test_migrating_twice_in_one_process_is_one(tmp_path: Path) -> None:
