@@ -69,6 +69,35 @@ async def test_nothing_is_made_where_no_middleware_wants_a_store(tmp_path: Path)
     assert os.listdir(tmp_path) == []
 
 
+PROGRAM = """
+import asyncio, sys
+from proxy.app import Gateway
+from proxy.config import parse
+
+class Own:
+    NEEDS_STORE = sys.argv[1] == "keeping"
+    async def __call__(self, call, next): ...
+
+async def main():
+    async with Gateway(parse(sys.argv[2], {}, {"own": Own})):
+        pass
+
+asyncio.run(main())
+wanted = {"sqlite3", "asyncpg", "numpy", "proxy.store.sqlite", "proxy.store.postgres", "proxy.store.guard"}
+print(*(wanted & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "loaded"), [("other", set()), ("keeping", {"sqlite3", "proxy.store.sqlite", "proxy.store.guard"})]
+)
+def test_what_nobody_uses_is_not_loaded(tmp_path: Path, kind: str, loaded: set[str]) -> None:
+    """numpy only for a search by vectors, asyncpg only for PostgreSQL."""
+    command = [sys.executable, "-c", PROGRAM, kind, CONFIG.format(folder=tmp_path, middleware="own")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=Path(__file__).parent.parent, check=True)
+    assert set(done.stdout.split()) == loaded
+
+
 async def test_a_middleware_has_the_store_from_before_its_start_to_behind_its_end(tmp_path: Path) -> None:
     for round in (1, 2):
         async with gateway(config=CONFIG, table=TABLE, folder=str(tmp_path / "data"), middleware="keeping") as running:
