@@ -122,8 +122,8 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A passage that was found, without its vector. score: the larger the better; of full text in the engine's own unit, of vectors
-    the cosine."""
+    """A passage that was found, without its vector. score: the larger the better; of full text in the engine's own unit, of
+    vectors the cosine."""
 
     file: str
     name: str
