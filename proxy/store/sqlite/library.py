@@ -17,7 +17,7 @@ from proxy.store import File, Hit, Job, Passage, Vector, Where
 from proxy.store.sqlite import search
 from proxy.store.sqlite.database import Database
 from proxy.store.vectors import packed, unpacked
-from proxy.store.wording import key, shown, unkey
+from proxy.store.wording import key, scope, shown, unkey
 
 Row = tuple[Any, ...]
 MOST_EMBEDDINGS = 50_000  # that were made before; 300 MB at 1,536 floats
@@ -129,17 +129,17 @@ def _keep(
     if mine is None:
         return False
     file, owner = mine
-    scope = search.scope(owner)
+    mark = scope(owner)
     for passage in passages:
-        _put(db, file, scope, passage)
+        _put(db, file, mark, passage)
     text = """UPDATE files SET progress = ?, heard = ?, passages = (SELECT count(*) FROM passages WHERE file = files.key)
         WHERE key = ?"""
     db.execute(text, (progress, now, file))
     return True
 
 
-def _put(db: sqlite3.Connection, file: int, scope: str, passage: Passage) -> None:
-    row = (file, passage.number, shown(passage.text), shown(passage.heading), passage.page, scope)
+def _put(db: sqlite3.Connection, file: int, mark: str, passage: Passage) -> None:
+    row = (file, passage.number, shown(passage.text), shown(passage.heading), passage.page, mark)
     text = """INSERT INTO passages (file, number, text, heading, page, scope) VALUES (?, ?, ?, ?, ?, ?)
         ON CONFLICT (file, number) DO NOTHING RETURNING key"""
     added = db.execute(text, row).fetchone()
