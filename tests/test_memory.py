@@ -306,7 +306,7 @@ async def test_a_refusal_and_a_providers_error_leave_nothing_behind(tmp_path: Pa
 
 
 async def test_in_postgres_as_well(database: str) -> None:
-    config = CONFIG.replace('data_dir: "{folder}"', 'store: "{folder}"')
+    config = CONFIG.replace('data_dir: "{folder}"\nstore: {{', 'store: {{url: "{folder}", ')
     async with remembering(database, config=config) as here:
         alice, bob = ({"X-ORQ-IDENTITY-ID": name} for name in ("alice", "bob"))
         answers = await asyncio.gather(*(here.say(f"q{number}", "ö/1", headers=alice) for number in range(5)))

@@ -26,6 +26,7 @@ Json = dict[str, Any]
 CONFIG = """
 server: {{port: 0, drain_timeout: 50ms}}
 data_dir: "{folder}"
+store: {{timeout: 10s}}
 providers:
   openai: {{api: openai, base_url: "{url}/v1", api_key: "sk-upstream-0123456789"}}
   text: {{api: openai, base_url: "{url}/v1", api_key: "sk-upstream-0123456789", completions: ["*"]}}
@@ -182,6 +183,8 @@ async def remembering(
     """options: of `memory`. outer: lines of config that stand outside of it. table: further
     middleware."""
     provider = Provider()
+    if "timeout" not in options:
+        options = f"timeout: 10s, {options}"  # a machine that stands still for a second is no store that does
     async with (
         Upstream(provider) as upstream,
         gateway(upstream.url, config, table=table, folder=str(folder), options=options, outer=outer) as running,
