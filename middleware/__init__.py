@@ -45,6 +45,7 @@ TABLE = Shelf(
         "disconnect": "middleware.disconnect:Disconnect",
         "fallback": "middleware.fallback:Fallback",
         "limits": "middleware.limits:Limits",
+        "memory": "middleware.memory:Memory",
         "metrics": "middleware.metrics:Metrics",
         "resume": "middleware.resume:Resume",
         "retry": "middleware.retry:Retry",

@@ -30,18 +30,20 @@ STREAM_HEADERS = {
 
 
 class Request:
-    """A client's request whose head is in. path: percent-decoded. length: the declared size of its body, in bytes.
+    """A client's request whose head is in. path: percent-decoded; raw_path: as it was written. length: the declared size of its
+    body, in bytes.
 
     The connection feeds the body as it comes; `body` waits for it. missing: bytes that have not come yet.
     """
 
     __slots__ = (
-        "_discard", "_parts", "_waiter", "delivery", "headers", "length", "method", "missing", "path", "query_string",
+        "_discard", "_parts", "_waiter", "delivery", "headers", "length", "method", "missing", "path", "query_string", "raw_path",
     )  # fmt: skip
 
     def __init__(self, method: str, target: str, headers: Mapping[str, str], delivery: Delivery, length: int) -> None:
         path, _, self.query_string = target.partition("?")
         self.method = method
+        self.raw_path = path
         self.path = unquote(path) if "%" in path else path
         self.headers = headers
         self.delivery = delivery

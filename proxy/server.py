@@ -124,7 +124,8 @@ class Edge(OpenCalls):
         if face := ENDPOINTS.get(path):
             allow(request, "POST")
             return await self._call(generation, request, headers, identity, face, principal)
-        if point := self.point(path, request.method, generation):
+        # As it is written first: an id may hold an encoded slash.
+        if point := self.point(request.raw_path, request.method, generation) or self.point(path, request.method, generation):
             return await self._serve(generation, point, request, headers, principal, identity)
         for models in MODELS:
             if path == models or path.startswith(models + "/"):
@@ -191,7 +192,9 @@ class Edge(OpenCalls):
         if point.admin and generation.authenticate is not None and not principal.admin:
             raise Refused("This needs a key with admin: true.", status=403, code="admin_only", type="permission_error")
         body = await self._body(generation, request) if point.method != "GET" else b""
-        query = Query(request.method, request.path, request.query, headers, body, principal, sent_identity(headers))
+        query = Query(
+            request.method, request.path, request.query, headers, body, principal, sent_identity(headers), request.raw_path
+        )
         if point.admin:
             return _answered(await self._ask(point, query))
         # It may stream: it is open as a call is, and is ended as one.

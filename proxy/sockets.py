@@ -123,6 +123,7 @@ class _Read(Request):
         )
         super().__init__(request.method, "", request.headers, delivery, request.content_length or 0)
         self.path, self.query_string = request.path, request.query_string
+        self.raw_path = request.raw_path.partition("?")[0]
         self.missing = self.length or 1  # it may have a body of unknown length; `body` finds out
         self._request = request
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import pytest
 import structlog
 
 from proxy.delivery import Delivery
+from proxy.store import Store, sqlite
+from proxy.store import postgres as postgres_home
 from tests.support.pages import Browser, Site, held_port, site
+from tests.support.postgres import schema, server
 
 Json = dict[str, Any]
 NODE = Path(__file__).parent / "node"
@@ -118,3 +122,31 @@ def comments(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     monkeypatch.setattr(Delivery, "write", noted)
     return found
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a real PostgreSQL with pgvector."""
+    with contextlib.ExitStack() as stack:
+        try:
+            running = stack.enter_context(server())
+        except Exception as error:
+            pytest.skip(f"no PostgreSQL could be started here ({type(error).__name__}: {error})")
+        yield running.get_uri()
+
+
+@pytest.fixture
+async def database(postgres: str) -> str:
+    """The URL of an empty schema in it."""
+    return await schema(postgres)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    """Each home of what outlives a request, empty."""
+    if request.param == "sqlite":
+        home: Any = await sqlite.opened(tmp_path / "data")
+    else:
+        home = await postgres_home.opened(await schema(request.getfixturevalue("postgres")), 5, 10.0, lambda trouble: None)
+    yield home.store
+    await home.close()

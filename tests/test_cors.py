@@ -297,7 +297,7 @@ class TestAnswers:
 
 class TestOff:
     async def test_an_origin_changes_nothing(self) -> None:
-        """Byte by byte, but for what is of the moment. A page of this machine, since no other may post to a gateway without auth."""
+        """Byte by byte, but for what is of the moment. A page of this machine: no other may post without auth."""
         moment = re.compile(rb"(Date|Server-Timing): [^\r]*\r\n")
         requests = [
             raw_request(chat(stream=False), X_Request_Id="r"),

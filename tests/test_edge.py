@@ -386,6 +386,9 @@ GATEWAY_FIELDS: Json = {
     "thread": {"id": "t-1", "tags": ["a"]},
     "usage_placement": "chunk",
     "strict_params": False,
+    "sessionId": "s-1",
+    "saveToMemory": True,
+    "save_to_memory": True,
 }
 
 

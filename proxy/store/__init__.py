@@ -3,13 +3,14 @@
 Strategy: records and the two protocols are here; `sqlite` keeps them in a file under `data_dir`, `postgres` in a database that
 several machines share, and `guard` bounds how long anybody waits for either. Who owns a record is one opaque text (`owner`), made
 by the middleware from the caller's key and identity; every look-up takes it, so that one tenant cannot name another's record.
+Owners, ids and names of collections are any text of up to 200 characters; whoever takes them from a client sees to that.
 The one rule: a method that changes something has done all of it when it returns, or nothing if it raises or the process dies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 Json = dict[str, Any]
@@ -19,6 +20,11 @@ Status = Literal["uploaded", "processing", "processed", "error"]
 
 class StoreUnavailable(Exception):
     """The store is down, too slow, or refuses. Its text is for operators, never for clients."""
+
+
+class UnusableStore(Exception):
+    """There is a store, or there should be one, but this program cannot work with it: a newer program's, no access. Its text is
+    for operators."""
 
 
 # Conversations
@@ -60,8 +66,9 @@ class Conversations(Protocol):
         """Add a turn behind all others, whoever else appends at the same time; returns its number."""
         ...
 
-    async def turns(self, owner: str, session: str, most: int) -> Sequence[Turn]:
-        """The newest `most` turns, the oldest of them first; none where there is no such session."""
+    async def turns(self, owner: str, session: str, most: int, before: int = 0) -> Sequence[Turn]:
+        """The newest `most` turns, the oldest of them first; with `before`, those whose number is smaller. None where there is
+        no such session."""
         ...
 
     async def session(self, owner: str, session: str) -> Session | None: ...
@@ -116,7 +123,8 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A passage that was found. score: the larger the better; of full text in the engine's own unit, of vectors the cosine."""
+    """A passage that was found, without its vector. score: the larger the better; of full text in the engine's own unit, of
+    vectors the cosine."""
 
     file: str
     name: str
@@ -202,4 +210,3 @@ class Store:
     kind: str
     conversations: Conversations
     library: Library
-    figures: Mapping[str, float] = field(default_factory=dict)
