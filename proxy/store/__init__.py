@@ -66,8 +66,9 @@ class Conversations(Protocol):
         """Add a turn behind all others, whoever else appends at the same time; returns its number."""
         ...
 
-    async def turns(self, owner: str, session: str, most: int) -> Sequence[Turn]:
-        """The newest `most` turns, the oldest of them first; none where there is no such session."""
+    async def turns(self, owner: str, session: str, most: int, before: int = 0) -> Sequence[Turn]:
+        """The newest `most` turns, the oldest of them first; with `before`, those whose number is smaller. None where there is
+        no such session."""
         ...
 
     async def session(self, owner: str, session: str) -> Session | None: ...
