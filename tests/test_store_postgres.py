@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
@@ -16,7 +16,6 @@ from proxy.store.migrations import known
 from proxy.store.postgres import database as module
 from proxy.store.postgres.database import Database
 from tests.support.gateway import until
-from tests.support.postgres import server
 from tests.test_store_library import found, indexed
 
 STEPS = known("proxy.store.postgres")
@@ -109,20 +108,14 @@ class Pauses:
         self.over.clear()
 
 
-@pytest.fixture(scope="module")
-def own() -> Iterator[Any]:
-    """A server that a test may stop."""
-    with server() as found:
-        yield found
-
-
-async def test_without_a_server_it_says_so_once_goes_on_trying_and_serves_when_there_is_one(own: Any) -> None:
+async def test_without_a_server_it_says_so_once_goes_on_trying_and_serves_when_there_is_one(
+    postgres_server: Any, database: str
+) -> None:
     pauses, told = Pauses(), list[str | None]()
-    url = own.get_uri()
-    own.stop()
-    database = Database(url, 3, 10.0, told.append, pauses)
-    await database.open()
-    opened = postgres.PostgresHome(database)
+    postgres_server.stop()
+    connections = Database(database, 3, 10.0, told.append, pauses)
+    await connections.open()
+    opened = postgres.PostgresHome(connections)
     assert opened.trouble is not None
     with pytest.raises(StoreUnavailable, match="postgres: "):
         await opened.store.conversations.session("o", "s")
@@ -131,7 +124,7 @@ async def test_without_a_server_it_says_so_once_goes_on_trying_and_serves_when_t
         await until(lambda count=count: len(pauses.asked) == count)
     assert pauses.asked == [1.0, 2.0, 4.0, 8.0, 15.0, 15.0]
     assert len(told) == 1
-    own.ensure_postgres_running()
+    postgres_server.ensure_postgres_running()
     pauses.over.set()
     await until(lambda: opened.trouble is None, 10.0)
     assert told[1:] == [None]
@@ -139,16 +132,16 @@ async def test_without_a_server_it_says_so_once_goes_on_trying_and_serves_when_t
     await opened.close()
 
 
-async def test_a_server_that_restarts_beneath_us_is_found_again(own: Any) -> None:
-    async with home(own.get_uri()) as opened:
+async def test_a_server_that_restarts_beneath_us_is_found_again(postgres_server: Any, database: str) -> None:
+    async with home(database) as opened:
         conversations = opened.store.conversations
-        assert await conversations.append("p", "s", Turn([], 1, 1.0, "before")) == 1
-        own.stop()
+        assert await conversations.append("o", "s", Turn([], 1, 1.0, "before")) == 1
+        postgres_server.stop()
         with pytest.raises(StoreUnavailable):
-            await conversations.append("p", "s", Turn([], 1, 1.0, "meanwhile"))
-        own.ensure_postgres_running()
-        assert await conversations.append("p", "s", Turn([], 1, 1.0, "after")) == 2
-        assert [turn.request for turn in await conversations.turns("p", "s", 10)] == ["before", "after"]
+            await conversations.append("o", "s", Turn([], 1, 1.0, "meanwhile"))
+        postgres_server.ensure_postgres_running()
+        assert await conversations.append("o", "s", Turn([], 1, 1.0, "after")) == 2
+        assert [turn.request for turn in await conversations.turns("o", "s", 10)] == ["before", "after"]
 
 
 async def half(connection: Any) -> None:

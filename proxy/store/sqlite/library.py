@@ -26,8 +26,10 @@ FILE = "id, name, media_type, bytes, digest, created, purpose, knowledge, status
 BEHIND = "(:after IS NULL OR (created, key) < (SELECT created, key FROM files WHERE owner = :owner AND id = :after))"
 ADD = f"""INSERT INTO files (owner, {FILE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (owner, knowledge, digest) DO NOTHING RETURNING key"""
+# Those that wait in the words of their index, without which SQLite would not use it and look at every file there is.
+UNSETTLED = "status IN ('uploaded', 'processing')"
 CLAIM = f"""UPDATE files SET status = 'processing', worker = :worker, heard = :now WHERE key = (
-        SELECT key FROM files WHERE status = 'uploaded' OR (status = 'processing' AND heard < :now - :lease) ORDER BY key LIMIT 1
+        SELECT key FROM files WHERE {UNSETTLED} AND (status = 'uploaded' OR heard < :now - :lease) ORDER BY key LIMIT 1
     ) RETURNING key, owner, {FILE}"""
 MINE = "SELECT key, owner FROM files WHERE id = ? AND worker = ? AND status = 'processing'"
 
@@ -67,6 +69,11 @@ class SqliteLibrary:
         text = "SELECT count(*), coalesce(sum(bytes), 0) FROM files WHERE owner = ?"
         count, total = await self._database.read(lambda db: db.execute(text, (key(owner),)).fetchone())
         return count, total
+
+    async def waiting(self) -> int:
+        text = f"SELECT count(*) FROM files WHERE {UNSETTLED} AND status = 'uploaded'"
+        count: int = (await self._database.read(lambda db: db.execute(text).fetchone()))[0]
+        return count
 
     async def claim(self, worker: str, lease: float, now: float) -> Job | None:
         return await self._database.write(lambda db: _claim(db, key(worker), lease, now))
