@@ -1,4 +1,8 @@
-"""Embeddings as bytes: floats of 4 bytes, the least significant first, whatever the machine. Pure, and without numpy."""
+"""Embeddings as bytes. Pure, and without numpy, which only a search needs.
+
+Strategy: Python's own arrays, turned round on a machine that has it the other way.
+The one rule: floats of 4 bytes, the least significant first, whatever the machine: a file may be carried to another.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The home that several machines share: PostgreSQL through asyncpg, with pgvector where the server has it."""
+"""The home that several machines share: PostgreSQL through asyncpg, with pgvector where the server has it.
+
+Strategy: `database` is the pool of connections and how it comes to be; `conversations` and `library` are the two protocols in
+SQL, `search` what is found.
+The one rule: a server that is away or lacks pgvector takes away what needs it, and nothing else.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The embedded home: a file, through Python's own sqlite3. Nothing to install, nothing to run; several processes may share it."""
+"""The embedded home: a file, through Python's own sqlite3. Nothing to install, nothing to run; several processes may share it.
+
+Strategy: `lane` is a thread with a connection, `database` the file with three of them; `conversations` and `library` are the two
+protocols in SQL, `search` and `nearest` what is found.
+The one rule: no extension of SQLite is needed, since many Pythons cannot load any.
+"""
 
 from __future__ import annotations
 

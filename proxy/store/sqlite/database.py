@@ -67,15 +67,21 @@ class Database:
 
 
 def connection(path: Path) -> sqlite3.Connection:
-    found = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
-    found.execute("PRAGMA synchronous = NORMAL")
-    found.execute("PRAGMA foreign_keys = ON")
-    return found
+    return _with(path, "PRAGMA synchronous = NORMAL", "PRAGMA foreign_keys = ON")
 
 
 def _reading(path: Path) -> sqlite3.Connection:
-    found = connection(path)
-    found.execute("PRAGMA query_only = ON")
+    return _with(path, "PRAGMA query_only = ON")
+
+
+def _with(path: Path, *settings: str) -> sqlite3.Connection:
+    found = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+    try:
+        for setting in settings:
+            found.execute(setting)
+    except sqlite3.Error:
+        found.close()
+        raise
     return found
 
 
@@ -83,7 +89,11 @@ def _prepared(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     found = connection(path)
-    _to_wal(found)
+    try:
+        _to_wal(found)
+    except sqlite3.Error:
+        found.close()
+        raise
     return found
 
 

@@ -176,6 +176,3 @@ def _file(row: Row) -> File:
     return File(
         unkey(id), name, media_type, size, digest, created, purpose, unkey(knowledge), status, progress, passages, error
     )  # fmt: skip
-
-
-__all__ = ["SqliteLibrary"]
