@@ -1,0 +1,121 @@
+"""JSON and JSON Lines: a line per value, with the path that leads to it (`orders[2].price: 9.50`).
+
+Strategy: the elements of the outermost arrays are blocks of their own, so that a passage begins with one and not in the middle of
+it. Numbers are kept as they were written, and a key that stands twice is there twice. A list of plain values is one line.
+The one rule: every value and every key is in the text; how deep and how long is bounded while it is written, not after.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from middleware.retrieval.text.decoding import decoded
+from middleware.retrieval.text.document import Document, ExtractionError, Limits, Outline, too_large
+
+
+class _Object(tuple[tuple[str, Any], ...]):
+    """The members of a JSON object, in order, none lost."""
+
+    __slots__ = ()
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_Object, parse_int=str, parse_float=str, parse_constant=str)
+_WORDS = {None: "null", True: "true", False: "false"}
+
+
+def read(content: bytes, charset: str, limits: Limits) -> Document:
+    outline = Outline(limits)
+    try:
+        for record in _records(decoded(content, charset)):
+            for value, path in _blocks(record, "", limits.depth):
+                outline.add(_Written(limits).of(value, path), "rows")
+    except RecursionError:
+        raise _too_deep(limits) from None
+    return outline.document("json")
+
+
+def _too_deep(limits: Limits) -> ExtractionError:
+    return ExtractionError(f"The JSON is nested too deep; the most that is taken is {limits.depth} levels.")
+
+
+def _records(text: str) -> list[Any]:
+    """The one value, or one per line. Raises ExtractionError with the place of the fault."""
+    try:
+        return [_DECODER.decode(text)]
+    except json.JSONDecodeError as error:
+        return _of_lines(text, error)
+
+
+def _of_lines(text: str, fault: json.JSONDecodeError) -> list[Any]:
+    """fault: why the whole is no JSON. It is told where not even the first line is."""
+    records: list[Any] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(_DECODER.decode(line))
+        except json.JSONDecodeError as error:
+            number, fault = (number, error) if records else (fault.lineno, fault)
+            raise ExtractionError(f"The JSON is broken in line {number}, column {fault.colno}: {fault.msg}.") from None
+    return records
+
+
+def _blocks(value: Any, path: str, depth: int) -> Iterator[tuple[Any, str]]:
+    """What makes a block each: the elements of arrays, found through objects; other members by themselves."""
+    if isinstance(value, _Object) and value and depth > 0:
+        for key, member in value:
+            yield from _blocks(member, _member(path, key), depth - 1)
+    elif isinstance(value, list) and not _is_plain(value):
+        for number, element in enumerate(value):
+            yield element, f"{path}[{number}]"
+    else:
+        yield value, path
+
+
+class _Written:
+    """The lines of one block."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._left = limits.characters
+        self._lines: list[str] = []
+
+    def of(self, value: Any, path: str) -> str:
+        self._write(value, path, self._limits.depth)
+        return "\n".join(self._lines)
+
+    def _write(self, value: Any, path: str, depth: int) -> None:
+        if depth < 0:
+            raise _too_deep(self._limits)
+        if isinstance(value, _Object) and value:
+            for key, member in value:
+                self._write(member, _member(path, key), depth - 1)
+        elif isinstance(value, list) and not _is_plain(value):
+            for number, element in enumerate(value):
+                self._write(element, f"{path}[{number}]", depth - 1)
+        else:
+            self._add(f"{path}: {_plain(value)}" if path else _plain(value))
+
+    def _add(self, line: str) -> None:
+        self._left -= len(line)
+        if self._left < 0:
+            raise too_large(self._limits)
+        self._lines.append(line)
+
+
+def _member(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _is_plain(value: list[Any]) -> bool:
+    return not any(isinstance(element, (list, _Object)) for element in value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "[]"
+    return "{}" if isinstance(value, _Object) else _WORDS[value]
