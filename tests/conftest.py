@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import pytest
 import structlog
 
 from proxy.delivery import Delivery
+from proxy.store import Store, sqlite
+from proxy.store import postgres as postgres_home
+from tests.support.postgres import schema, server
 
 Json = dict[str, Any]
 NODE = Path(__file__).parent / "node"
@@ -67,3 +71,31 @@ def comments(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     monkeypatch.setattr(Delivery, "write", noted)
     return found
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real PostgreSQL with pgvector."""
+    with contextlib.ExitStack() as stack:
+        try:
+            running = stack.enter_context(server(tmp_path_factory.mktemp("postgres")))
+        except Exception as error:
+            pytest.skip(f"no PostgreSQL could be started here ({type(error).__name__}: {error})")
+        yield running.get_uri()
+
+
+@pytest.fixture
+async def database(postgres: str) -> str:
+    """The URL of an empty schema in it."""
+    return await schema(postgres)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    """Each home of what outlives a request, empty."""
+    if request.param == "sqlite":
+        home: Any = await sqlite.opened(tmp_path / "data")
+    else:
+        home = await postgres_home.opened(await schema(request.getfixturevalue("postgres")), 5, 10.0, lambda trouble: None)
+    yield home.store
+    await home.close()
