@@ -319,7 +319,7 @@ def test_a_pdf_of_too_many_pages_is_refused() -> None:
 
 
 def test_a_page_that_unpacks_to_too_much_is_refused() -> None:
-    assert refusal(pdf(["x"], bomb(90_000_000))) == "Page 1 of the PDF unpacks to more than is taken."
+    assert refusal(pdf(["x"], bomb(80_000_000))) == "Page 1 of the PDF unpacks to more than is taken."
 
 
 @given(st.integers(0, len(PDF)), st.integers(0, len(PDF)), st.binary(max_size=8))
@@ -420,13 +420,12 @@ def test_a_damaged_word_file_gives_text_or_a_clear_error(begin: int, length: int
 # One line
 
 
-@pytest.mark.parametrize("name", ["x.txt", "x.md", "x.html", "x.csv"])
-def test_a_line_of_ten_megabytes_is_cut_into_passages(name: str) -> None:
-    line = b"word and another, " * 550_000
-    found = passages(extract(line, name, "", Limits(characters=20_000_000)), 320, 48)
-    assert sum(passage.text.count("another") for passage in found) == 550_000
+@pytest.mark.parametrize(("name", "times"), [("x.txt", 600_000), ("x.md", 60_000), ("x.html", 60_000), ("x.csv", 60_000)])
+def test_a_line_of_one_or_ten_megabytes_is_cut_into_passages(name: str, times: int) -> None:
+    found = passages(extract(b"word and another, " * times, name, "", Limits(characters=20_000_000)))
+    assert sum(passage.text.count("another") for passage in found) == times
 
 
 def test_a_line_of_json_is_cut_into_passages() -> None:
-    content = b"[" + b",".join(b'{"k": "a value"}' for _ in range(60_000)) + b"]"
-    assert sum(passage.text.count("a value") for passage in passages(extract(content, "x.json"))) == 60_000
+    content = b"[" + b",".join(b'{"k": "a value"}' for _ in range(20_000)) + b"]"
+    assert sum(passage.text.count("a value") for passage in passages(extract(content, "x.json"))) == 20_000
