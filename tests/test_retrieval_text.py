@@ -355,6 +355,16 @@ def test_a_word_file_has_headings_tables_and_lists_in_order() -> None:
     ]
 
 
+def test_a_style_that_builds_on_a_heading_is_one() -> None:
+    def fill(made: Any) -> None:
+        own = made.styles.add_style("Company Chapter", 1)
+        own.base_style = made.styles["Heading 1"]
+        made.add_paragraph("Chapter", style=own)
+        made.add_paragraph("Text.")
+
+    assert blocks(word(fill), "x.docx") == [("Text.", ("Chapter",))]
+
+
 W = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
 
 
