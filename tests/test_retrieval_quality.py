@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import orjson
 import pytest
 
 from bench.retrieval import hashed
@@ -29,3 +32,12 @@ async def test_recall_does_not_fall() -> None:
     assert result["full text"].at_5 >= 0.73
     assert result["vectors"].at_5 >= 0.60
     assert result["hybrid"].at_5 >= 0.66
+
+
+def test_the_docs_state_what_was_measured() -> None:
+    root = Path(__file__).parent.parent
+    runs = orjson.loads((root / "bench" / "results" / "retrieval-2026-11-21.json").read_bytes())["runs"]
+    page = (root / "docs" / "retrieval-quality.md").read_text(encoding="utf-8")
+    for way in runs[0]["recall"]:
+        cells = [f"{run['recall'][way]['at_1']:.1%} / {run['recall'][way]['at_5']:.1%}" for run in runs]
+        assert f"| {way} | {' | '.join(cells)} |" in page

@@ -221,6 +221,39 @@ def test_pages_that_nest_without_end_are_read(tag: str) -> None:
     assert text(b"<p>first</p>" + f"<{tag}>".encode() * depth + b"deep", "x.html").split()[-1] == "deep"
 
 
+PIECES = [
+    "<p>",
+    "</p>",
+    "<td>",
+    "<table>",
+    "<![CDATA[",
+    "<!--",
+    "-->",
+    "<?xml",
+    "<!DOCTYPE html>",
+    "&#0;",
+    "&#x110000;",
+    "&amp",
+    "<h1>",
+    "<",
+    ">",
+    "a",
+]
+
+
+@given(
+    st.lists(
+        st.sampled_from([*PIECES, "<nav>", "</nav>", "<a href='", "\ufffe", "<html>", "é", "\x85", "<br/>", "</x>"]), max_size=30
+    ).map("".join)
+)
+def test_no_page_makes_anything_but_text_or_a_clear_error(page: str) -> None:
+    assert read_or_refused(page.encode(), "x.html")
+
+
+def test_a_zero_deep_in_a_page_does_not_end_it() -> None:
+    assert text(b"<p>" + b"x " * 40_000 + b"\0 the end", "x.html").endswith("the end")
+
+
 # CSV
 
 

@@ -8,9 +8,10 @@ The one rule: what is never shown (scripts, styles, templates) or is the same on
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 
-from bs4 import BeautifulSoup, Tag
+from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning, Tag, XMLParsedAsHTMLWarning
 from bs4.element import NavigableString, PageElement, PreformattedString
 
 from middleware.retrieval.text.decoding import decoded
@@ -35,13 +36,21 @@ _TITLE_LEVEL = 0  # above all headings
 
 def read(content: bytes, charset: str, limits: Limits) -> Document:
     named = _META.search(content[:4096])
-    soup = BeautifulSoup(decoded(content, charset or (named[1].decode() if named else "")), "lxml")
+    soup = _parsed(decoded(content, charset or (named[1].decode() if named else "")))
     outline = Outline(limits)
     # A first heading says the same as the title, and better.
     if soup.title is not None and soup.find("h1") is None:
         outline.heading(_TITLE_LEVEL, soup.title.get_text())
     _Walk(outline).over(soup)
     return outline.document("html")
+
+
+def _parsed(page: str) -> BeautifulSoup:
+    with warnings.catch_warnings():
+        # What it looks like has been decided by then.
+        warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
+        warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
+        return BeautifulSoup(page, "lxml")
 
 
 class _Walk:
