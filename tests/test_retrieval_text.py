@@ -190,7 +190,8 @@ def test_nothing_of_markdown_is_lost(source: str) -> None:
 # HTML
 
 PAGE = """<html><head><title>The title</title><meta charset="koi8-r"><style>x{}</style></head><body>
-<nav>Home | About</nav><script>var x = "no";</script><template>no</template><p hidden>no</p><p style="color:red; DISPLAY : none">no</p><!-- no -->
+<nav>Home | About</nav><script>var x = "no";</script><template>no</template><p hidden>no</p><!-- no -->
+<p style="color:red; DISPLAY : none">no</p>
 <h2>First &amp; last</h2><p>Привет, <b>wor</b>ld<br>again&nbsp;&eacute;</p>
 <table><caption>Sums</caption><tr><th>Name<th>Age<tr><td>Ada<td>36<tr><td>Bob<td></table>
 <ul><li>one<li>two</ul><pre>a
