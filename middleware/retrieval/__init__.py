@@ -1,0 +1,1 @@
+"""Files that callers upload, and answers from them. The text side is in `text`, the joining of ranked lists in `fusion`."""
