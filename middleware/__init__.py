@@ -47,6 +47,7 @@ TABLE = Shelf(
         "limits": "middleware.limits:Limits",
         "metrics": "middleware.metrics:Metrics",
         "resume": "middleware.resume:Resume",
+        "retrieval": "middleware.retrieval.layer:Retrieval",
         "retry": "middleware.retry:Retry",
         "smooth": "middleware.smooth:Smooth",
         "timeout": "middleware.timeout:Timeout",

@@ -25,7 +25,7 @@ from proxy.errors import Draining, GatewayError, Outcome, Overloaded, Refused, U
 from proxy.faces import FACES, Face
 from proxy.http import Request, allow, check_json, error_response, head_headers, json_response
 from proxy.keepalive import kept_alive, told
-from proxy.pipeline import Answer, Endpoint, Handler, Middleware, Query, Streamed, ask_one
+from proxy.pipeline import BASES, Answer, Endpoint, Handler, Middleware, Query, Streamed, ask_one
 from proxy.relay import Relay
 from proxy.reply import Reply
 from proxy.routing import Directory
@@ -35,7 +35,6 @@ log = structlog.get_logger("penstock")
 
 Json = dict[str, Any]
 T = TypeVar("T")
-BASES = ("", "/v1", "/v2", "/api/v1", "/v2/proxy", "/v2/router", "/v3/router")
 ENDPOINTS: Mapping[str, Face] = {base + path: face for base in BASES for path, face in FACES.items()}
 MODELS = tuple(base + "/models" for base in BASES)
 FACES_BY_KIND: Mapping[str, Face] = {face.KIND: face for face in FACES.values()}

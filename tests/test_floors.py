@@ -65,6 +65,7 @@ THIRD_PARTY = {
     "docx": {"middleware.retrieval.text.word"},
     "pypdf": {"middleware.retrieval.text.pdf"},
     "cachetools": {"middleware.cache.store"},
+    "python_multipart": {"middleware.retrieval.uploads"},
     "throttled": {"middleware.limits.meters"},
     "prometheus_client": {"middleware.metrics.families", "middleware.metrics.samples"},
     "genai_prices": {"middleware.metrics.prices", "middleware.fallback.prices"},
