@@ -13,7 +13,7 @@ import gc
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -27,10 +27,11 @@ from proxy.configfile import ConfigFile
 from proxy.demo import DemoTransport
 from proxy.exchange import SETTLE_SECONDS, Exchange
 from proxy.generations import Generations
-from proxy.pipeline import Answer, Endpoint, Middleware, Query, ask_one, share
+from proxy.pipeline import Answer, Endpoint, Middleware, Query, Sample, ask_one, share
 from proxy.reload import Record, Reloader
 from proxy.server import Edge, Generation, ServerSettings
 from proxy.sockets import listen
+from proxy.storage import Storage
 from proxy.transport import Transport
 from proxy.upstream import HttpTransport
 from proxy.wire import WIRES
@@ -85,10 +86,14 @@ class Gateway:
         }
         exchange = Exchange(WIRES, transports, settle=self._settle)
         settings = partial(_settings, worker=self._worker)
-        self._generations = Generations(exchange, settings, gauges, self.record.samples, self._worker, self.http)
+        self._storage = Storage()
+        self._generations = Generations(
+            exchange, settings, gauges, self._samples, self._worker, self.http, self._storage.opened
+        )  # fmt: skip
         try:
             await self._generations.follow(config, self._begin)
         except BaseException:
+            await self._storage.close()
             await self.http.close()
             raise
         self._server = self.edge.server()
@@ -109,7 +114,12 @@ class Gateway:
         await self._stop()
 
     def _begin(self, generation: Generation) -> None:
-        self.edge = Edge(generation, self._ask, self.record.health)
+        self.edge = Edge(generation, self._ask, lambda: self.record.health() | self._storage.health())
+
+    def _samples(self) -> Iterator[Sample]:
+        """The gateway's own figures, beside those of its middleware."""
+        yield from self.record.samples()
+        yield from self._storage.samples()
 
     def _switch(self, generation: Generation) -> None:
         self.edge.generation = generation
@@ -149,6 +159,7 @@ class Gateway:
         await self._admin.cleanup()
         await self._runner.cleanup()
         await self._generations.close()
+        await self._storage.close()
         await self.http.close()
 
 

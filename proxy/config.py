@@ -17,7 +17,7 @@ from proxy import yamlfile
 from proxy.call import Provider, Route, Target
 from proxy.reading import BASE_URLS, NO_URL, Factory, Known, Layer, Reading
 from proxy.schema import json_schema
-from proxy.shape import File, ProviderRow, RouteRow, Server
+from proxy.shape import File, ProviderRow, RouteRow, Server, StoreRow
 
 Overrides = Mapping[str, object] | None
 
@@ -52,6 +52,13 @@ class Config:
     routes: Mapping[str, Route] = field(default_factory=dict)
     middleware: Sequence[MiddlewareSpec] = ()
     warnings: Sequence[str] = ()
+    data_dir: Path = Path("data")
+    store: StoreRow = field(default_factory=StoreRow)
+
+    @property
+    def needs_store(self) -> bool:
+        """Does some middleware keep what outlives a request?"""
+        return any(getattr(spec.factory, "NEEDS_STORE", False) for spec in self.middleware)
 
     @property
     def usage_on_finish(self) -> bool:
@@ -101,7 +108,8 @@ def _built(file: File, layers: Sequence[Layer], disabled: Mapping[str, Sequence[
     warnings = tuple(
         f"provider '{name}' is disabled: set {' and '.join(dict.fromkeys(variables))}" for name, variables in disabled.items()
     )
-    return Config(file.server, file.default_provider, providers, routes, middleware, warnings)
+    data_dir = Path(file.data_dir).expanduser()
+    return Config(file.server, file.default_provider, providers, routes, middleware, warnings, data_dir, file.store)
 
 
 def _provider(name: str, row: ProviderRow, missing: Sequence[str] | None) -> Provider:

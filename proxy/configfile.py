@@ -9,16 +9,17 @@ The one rule: every content is offered once, right or wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 from proxy.config import Config, ConfigError, parse
 from proxy.reading import Known
-from proxy.shape import Server
 
-# What sockets and processes were made from.
+# What sockets and processes were made from, and where the store that is open lies.
 FIXED = ("host", "port", "admin_listen", "workers")
+FIXED_STORE = ("data_dir", "store")
 
 
 class ConfigFile:
@@ -58,18 +59,25 @@ class ConfigFile:
         before, self._seen = self._seen, found
         return found not in (self._offered, b"") and found == before
 
-    def parse(self, text: str, running: Server) -> tuple[Config, list[str]]:
+    def parse(self, text: str, running: Config) -> tuple[Config, list[str]]:
         """The config for a gateway that runs, and the settings in which the file differs but which only a restart can change.
         These keep their values, and the rest is checked against them: without auth nobody but this machine may be served, and
         what listens is not what the file says. Raises ConfigError.
         """
         config = parse(text, self._environ, self._known, self.path.name, self._overrides)
-        kept = {name: getattr(running, name) for name in FIXED}
+        kept = {name: getattr(running.server, name) for name in FIXED}
         differing = [f"server.{name}" for name in FIXED if getattr(config.server, name) != kept[name]]
-        if not differing:
-            return config, []
+        if differing:
+            config = self._held(text, kept, differing)
+        if running.needs_store:
+            differing += [name for name in FIXED_STORE if getattr(config, name) != getattr(running, name)]
+            config = replace(config, data_dir=running.data_dir, store=running.store)
+        return config, differing
+
+    def _held(self, text: str, kept: Mapping[str, object], differing: Sequence[str]) -> Config:
+        """The config with the values that hold instead of its own."""
         try:
-            return parse(text, self._environ, self._known, self.path.name, {**self._overrides, **kept}), differing
+            return parse(text, self._environ, self._known, self.path.name, {**self._overrides, **kept})
         except ConfigError as error:
             why = f"the file would be right with another {' and '.join(differing)}, but that takes a restart"
             raise ConfigError([*error.faults, why]) from None

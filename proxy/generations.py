@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from proxy.config import Config, MiddlewareSpec
 from proxy.pipeline import Handler, Middleware, Sample, Surroundings, compose
 from proxy.routing import Directory
 from proxy.server import Generation, ServerSettings
+from proxy.store import Store
 from proxy.transport import Transport
 
 PATIENCE_SECONDS = 1.0  # at the end: requests that were cancelled are over in a moment
@@ -41,9 +42,13 @@ class Place:
         return self.layer is not self.before
 
 
+async def _no_store(config: Config) -> None:
+    return None
+
+
 class Generations:
     """innermost: the handler within the onion. settings: what the edge makes of a config. gauges, samples, transport: see
-    Surroundings."""
+    Surroundings. store: the one that a config wants, open, if any."""
 
     def __init__(
         self,
@@ -53,9 +58,11 @@ class Generations:
         samples: Callable[[], Iterable[Sample]],
         worker: int = 0,
         transport: Transport | None = None,
+        store: Callable[[Config], Awaitable[Store | None]] = _no_store,
     ) -> None:
         self._innermost = innermost
         self._transport = transport
+        self._store = store
         self._settings = settings
         self._gauges, self._samples = gauges, samples
         self._worker = worker
@@ -70,7 +77,7 @@ class Generations:
         places = {name: self._placed(name, spec) for name, spec in numbered(config.middleware).items()}
         layers = [place.layer for place in places.values()]
         directory = Directory(config.providers, config.routes, config.default_provider, self._created)
-        surroundings = self._surroundings(config, layers, directory)
+        surroundings = self._surroundings(config, layers, directory, await self._store(config))
         generation = Generation(compose(layers, self._innermost), directory, self._settings(config, layers), layers)
         started: list[Any] = []
         try:
@@ -106,7 +113,9 @@ class Generations:
             return Place(spec, before.layer, before.layer)
         return Place(spec, spec.factory(**spec.options), before.layer)
 
-    def _surroundings(self, config: Config, layers: Sequence[Middleware], directory: Directory) -> Surroundings:
+    def _surroundings(
+        self, config: Config, layers: Sequence[Middleware], directory: Directory, store: Store | None
+    ) -> Surroundings:
         changed = changed_providers(self._config, config) if self._config is not None else frozenset[str]()
         server = config.server
         return Surroundings(
@@ -118,6 +127,7 @@ class Generations:
             samples=self._samples,
             changed=changed,
             write_timeout=server.write_timeout,
+            store=store,
             attempt=self._innermost,
             transport=self._transport,
         )

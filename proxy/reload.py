@@ -107,7 +107,7 @@ class Reloader:
         """The same with a file's text. number: see `Record.loaded`."""
         gateway = self._gateway
         try:
-            config, kept = await asyncio.to_thread(self._file.parse, text, gateway.config.server)
+            config, kept = await asyncio.to_thread(self._file.parse, text, gateway.config)
             fresh = [warning for warning in config.warnings if warning not in gateway.config.warnings]
             changed = await gateway.reload(config)
         except ConfigError as error:

@@ -337,13 +337,44 @@ class RouteRow(Section):
 RouteForms = Annotated[RouteRow, BeforeValidator(long_form, json_schema_input_type=RouteRow | str | list[TargetForms])]
 
 
+def _store_url(written: SecretStr) -> SecretStr:
+    try:
+        parts = urlsplit(written.get_secret_value())
+        _ = parts.port
+    except ValueError:
+        raise ValueError("is no URL") from None
+    if parts.scheme not in ("postgresql", "postgres") or not (parts.hostname or parts.query or parts.path.strip("/")):
+        raise ValueError("must be a URL such as postgresql://user:password@host:5432/database; without one the store is a file")
+    return written
+
+
+class StoreRow(Section):
+    """What outlives a request. url: of PostgreSQL; without one it is SQLite, a file under `data_dir`. timeout: of what requests
+    wait for; background_timeout: of the rest, both in seconds. connections: to PostgreSQL, of each worker.
+    """
+
+    url: Annotated[SecretStr, AfterValidator(_store_url)] | None = None
+    timeout: ShortWait = 0.5
+    background_timeout: ShortWait = 10.0
+    connections: Annotated[int, _Bounds(Between(1, 100))] = 10
+
+
+def _store_form(written: Any) -> Any:
+    return {"url": written} if isinstance(written, str) else written
+
+
+StoreForms = Annotated[StoreRow, BeforeValidator(_store_form, json_schema_input_type=StoreRow | str)]
+
+
 class File(Section):
-    """The whole of config.yaml."""
+    """The whole of config.yaml. data_dir: a folder of the gateway's own, made when something is to be kept."""
 
     server: Server = Server()
     default_provider: str | None = None
     providers: dict[ProviderName, ProviderRow] = {}
     models: dict[str, RouteForms] = {}
+    data_dir: Annotated[str, Field(min_length=1)] = "data"
+    store: StoreForms = StoreRow()
     middleware: list[Any] = []
 
 
@@ -376,6 +407,6 @@ def _is_callable(hint: Any) -> bool:
 
 
 __all__ = [
-    "APIS", "ByteSize", "File", "ProviderRow", "RouteRow", "Seconds", "Section", "Server",
+    "APIS", "ByteSize", "File", "ProviderRow", "RouteRow", "Seconds", "Section", "Server", "StoreRow",
     "address", "given", "options_model", "setting",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import structlog
 
 from proxy.delivery import Delivery
+from proxy.store import Store, sqlite
 
 Json = dict[str, Any]
 NODE = Path(__file__).parent / "node"
@@ -67,3 +68,11 @@ def comments(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     monkeypatch.setattr(Delivery, "write", noted)
     return found
+
+
+@pytest.fixture(params=["sqlite"])
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    """Each home of what outlives a request, empty."""
+    home = await sqlite.opened(tmp_path / "data")
+    yield home.store
+    await home.close()

@@ -164,7 +164,7 @@ extra: 1
         "middleware[3].cache.on_codes[1] (line 23): must be a whole number",
         "middleware[4] (line 24): must be a name, or one name with its options: {name: {option: value}}",
         "middleware[5].tracking (line 25): must be a mapping of options",
-        "extra (line 26): unknown key; known: server, default_provider, providers, models, middleware",
+        "extra (line 26): unknown key; known: server, default_provider, providers, models, data_dir, store, middleware",
     ]
 
 

@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "proxy.wording", "proxy.configfile", "proxy.changes",
     ),
     ("proxy.server",),
-    ("proxy.generations", "proxy.reload"),
+    ("proxy.generations", "proxy.reload", "proxy.storage"),
     ("proxy.app", "proxy.__main__", "proxy.workers.*"),
 )  # fmt: skip
 CONFIG = {
@@ -68,6 +68,7 @@ THIRD_PARTY = {
     "python_multipart": {"middleware.retrieval.uploads"},
     "throttled": {"middleware.limits.meters"},
     "prometheus_client": {"middleware.metrics.families", "middleware.metrics.samples"},
+    "numpy": {"proxy.store.sqlite.nearest"},
     "genai_prices": {"middleware.metrics.prices", "middleware.fallback.prices"},
 }
 LOGGING_FLOOR = 6  # from here up anybody may log; below it only middleware and proxy.logs

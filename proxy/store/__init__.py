@@ -9,7 +9,7 @@ The one rule: a method that changes something has done all of it when it returns
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 Json = dict[str, Any]
@@ -19,6 +19,11 @@ Status = Literal["uploaded", "processing", "processed", "error"]
 
 class StoreUnavailable(Exception):
     """The store is down, too slow, or refuses. Its text is for operators, never for clients."""
+
+
+class UnusableStore(Exception):
+    """There is a store, or there should be one, but this program cannot work with it: a newer program's, no access. Its text is
+    for operators."""
 
 
 # Conversations
@@ -202,4 +207,3 @@ class Store:
     kind: str
     conversations: Conversations
     library: Library
-    figures: Mapping[str, float] = field(default_factory=dict)

@@ -204,7 +204,7 @@ class Supervisor:
         before = self._notice
         try:
             text = file.read()
-            config, kept = file.parse(text, self._config.server)
+            config, kept = file.parse(text, self._config)
         except ConfigError as error:
             self._say("config not reloaded, the earlier one is still served:")
             for fault in error.faults:

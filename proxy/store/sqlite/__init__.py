@@ -1,0 +1,25 @@
+"""The embedded home: a file, through Python's own sqlite3. Nothing to install, nothing to run; several processes may share it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from proxy.store import Store
+from proxy.store.sqlite.conversations import SqliteConversations
+from proxy.store.sqlite.database import Database
+from proxy.store.sqlite.library import SqliteLibrary
+
+FILE_NAME = "penstock.db"
+
+
+class SqliteHome:
+    """store: of it. close: lets go of the file."""
+
+    def __init__(self, database: Database) -> None:
+        self.store = Store("sqlite", SqliteConversations(database), SqliteLibrary(database))
+        self.close = database.close
+
+
+async def opened(folder: Path) -> SqliteHome:
+    """The file in `folder`, which is made where it is missing. Raises UnusableStore."""
+    return SqliteHome(await Database.opened(folder / FILE_NAME))
