@@ -84,7 +84,7 @@ class Retrieval:
         _clock: Callable[[], float] = time.time,
         _sleep: Callable[[float], Any] = asyncio.sleep,
     ) -> None:
-        _check_installed()
+        _check_installed(vectors=embeddings is not None)
         # Here, because it needs what is only there with the extra.
         from middleware.retrieval.files import Bounds, Files
 
@@ -184,8 +184,7 @@ class Retrieval:
 
     def health(self) -> dict[str, Any]:
         job = self._indexer.job
-        figures = self._store.figures if self._store is not None else {}
-        return {"indexing": job.file.id if job is not None else None, **figures}
+        return {"indexing": None if job is None else {"id": job.file.id, "progress": round(job.file.progress, 3)}}
 
     def samples(self) -> Iterable[Sample]:
         counts = self._counts
@@ -207,8 +206,8 @@ def _headed(reply: Reply, word: str) -> Reply:
     return reply.with_head(headers={**reply.head.headers, HEADER: word})
 
 
-def _check_installed() -> None:
-    """Raises ValueError, for the operator, where a package is not there."""
-    missing = [*absent(), *(["python-multipart"] if find_spec("python_multipart") is None else [])]
-    if missing:
+def _check_installed(vectors: bool) -> None:
+    """Raises ValueError, for the operator, where a package is not there. vectors: numpy is needed, too."""
+    wanted = {"python_multipart": "python-multipart"} | ({"numpy": "numpy"} if vectors else {})
+    if missing := [*absent(), *(package for module, package in wanted.items() if find_spec(module) is None)]:
         raise ValueError(f"needs {', '.join(missing)}: pip install 'penstock[retrieval]'")
