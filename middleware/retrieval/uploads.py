@@ -9,6 +9,7 @@ OpenAI's shape: https://platform.openai.com/docs/api-reference/files/create
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 FIELDS = ("purpose", "knowledge_id")
 PURPOSE = re.compile(r"[\w-]{1,64}", re.ASCII)
+# It warns of every body that is no form; clients are told, and fill no log.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
+
 MOST_PARTS, MOST_FIELD, MOST_NAME = 16, 256, 200
 
 
