@@ -30,6 +30,7 @@ Sleep = Callable[[float], Awaitable[None]]
 
 BATCH = 64
 STORE_PAUSE = 5.0  # seconds until a store that was down is asked again
+LONG_AGO = 0.0  # Unix seconds
 FAILED = "The gateway failed to index this file."
 
 log: Any = structlog.get_logger("penstock")
@@ -97,9 +98,9 @@ class Indexer:
         except Gone:
             pass
         except asyncio.CancelledError:
-            # As if not heard of for long, so that whoever serves next need not wait for the lease.
+            # As if never heard of, so that whoever serves next need not wait for the lease.
             with contextlib.suppress(StoreUnavailable):
-                await library.keep(job.file.id, self._worker, (), job.file.progress, self._clock() - 2 * self._lease)
+                await library.keep(job.file.id, self._worker, (), self._progress(), LONG_AGO)
             raise
         finally:
             self.job = None
@@ -133,10 +134,9 @@ class Indexer:
             some = [replace(passage, vector=vector) for passage, vector in zip(some, vectors, strict=True)]
         elif self._vectors is not None:
             self.counts["unembedded"] += len(some)
-        job_file = replace(job.file, progress=progress)
-        if not await library.keep(job_file.id, self._worker, some, progress, self._clock()):
+        if not await library.keep(job.file.id, self._worker, some, progress, self._clock()):
             raise Gone
-        self.job = replace(job, file=job_file)
+        self.job = replace(job, file=replace(job.file, progress=progress))
 
     async def _embedded(self, library: Library, passages: Sequence[Passage]) -> Sequence[Vector] | None:
         """Their vectors; None where there are none to be had."""
@@ -148,13 +148,15 @@ class Indexer:
         except NoVectors:
             return None
 
+    def _progress(self) -> float:
+        return self.job.file.progress if self.job is not None else 0.0
+
     async def _meanwhile(self, library: Library, job: Job, work: Coroutine[Any, Any, T]) -> T:
         """What `work` gives, the claim being renewed while it takes long. Raises Gone, and then `work` is cancelled."""
         task = asyncio.ensure_future(work)
         try:
             while not (await asyncio.wait({task}, timeout=self._lease / 3))[0]:
-                progress = self.job.file.progress if self.job is not None else 0.0
-                if not await library.keep(job.file.id, self._worker, (), progress, self._clock()):
+                if not await library.keep(job.file.id, self._worker, (), self._progress(), self._clock()):
                     raise Gone
             return task.result()
         finally:
