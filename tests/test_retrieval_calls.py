@@ -7,6 +7,7 @@ The one rule: a call that asks for nothing, finds nothing or cannot search goes 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -423,6 +424,33 @@ async def test_without_embeddings_full_text_answers_alone(tmp_path: Path, failin
         assert FACT in given(alone)["messages"][0]["content"]
         keyword = await asked(running.port, body(rag={"search_type": "keyword_search"}))
         assert keyword.headers["X-Penstock-Retrieval"] == "passages=1"
+
+
+async def test_the_questions_of_a_request_are_embedded_in_one_while_words_are_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched, by_words = asyncio.Event(), SqliteLibrary.search_text
+
+    async def noticed(*given: Any) -> Any:
+        searched.set()
+        return await by_words(*given)
+
+    async def embeds_then(asked: Asked, line: Line) -> None:
+        await searched.wait()
+        await embeds(asked, line)
+
+    async with Upstream(embeds) as upstream, serving(tmp_path, "embeddings: openai/e", url=upstream.url) as running:
+        for number in range(3):
+            await indexed(running.port, f"Base {number} is of steel.", f"{number}.txt", knowledge_id=f"base-{number}")
+        indexing = len(upstream.asked)
+        monkeypatch.setattr(SqliteLibrary, "search_text", noticed)
+        upstream.answer = embeds_then
+        bases = [{"knowledge_id": f"base-{number}"} for number in range(3)]
+        answer = await asked(running.port, body(knowledge_bases=[*bases, {**bases[0], "query": "What is steel?"}]))
+        assert answer.headers["X-Penstock-Retrieval"] == "passages=3"
+        assert [asked.json["input"] for asked in upstream.asked[indexing:]] == [[QUESTION, "What is steel?"]]
+    # What two searches found comes first; each passage is there once.
+    assert [source["name"] for source in sources(answer)] == ["0.txt", "1.txt", "2.txt"]
 
 
 async def test_an_embeddings_target_that_is_silent_is_not_waited_for(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ async def test_a_text_is_embedded_once_and_all_anew_where_the_model_has_changed(
     found = await embedding(other).of_passages(["a", "d"], store.library)
     assert [len(vector) for vector in found] == [3, 3]
     assert other.asked == [["d"], ["a", "d"]]
-    await embedding(first).of_question("q", 1.0)
+    await embedding(first).of_questions(["q", "q"], 1.0)
     assert first.asked[-1] == ["q"]
     assert await store.library.vectors("p/m", [digest("q")]) == {}
 
@@ -328,7 +328,7 @@ async def test_what_is_no_vector_is_none(data: Any) -> None:
         return Reply(Head(""), batches(), Trailer(), whole=True)
 
     with pytest.raises(NoVectors) as caught:
-        await embedding(attempt).of_question("q", 1.0)
+        await embedding(attempt).of_questions(["q"], 1.0)
     assert not caught.value.again
 
 

@@ -1,7 +1,8 @@
 """Which passages answer a question: full text and vectors side by side, merged.
 
 Strategy: both searches run at the same time, the one over words at once, the other when the question has its vector; `fusion`
-merges them. Several searches of one request (orq's knowledge bases) run at the same time too, and no passage is given twice.
+merges them. Several searches of one request (orq's knowledge bases) run at the same time too, their questions embedded in one
+request, and no passage is given twice.
 The one rule: vectors that cannot be had cost a note in the answer, never the answer; what only the store can give raises
 StoreUnavailable.
 """
@@ -9,7 +10,7 @@ StoreUnavailable.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -19,9 +20,10 @@ from middleware.retrieval.fusion import above, fuse
 from middleware.retrieval.refusals import missing
 from middleware.retrieval.text.passages import tokens
 from middleware.retrieval.vectors import NoVectors, Vectors
-from proxy.store import Hit, Library
+from proxy.store import Hit, Library, Vector
 
 T = TypeVar("T")
+Meant = Mapping[str, Vector] | None
 # How many of each list are merged: more than are wanted, because what both lists have comes first.
 DEPTH, LEAST = 4, 20
 
@@ -49,35 +51,38 @@ class Search:
             for number, file in enumerate(wanted.where.files):
                 if await library.file(owner, file) is None:
                     raise missing(f"{wanted.path}[{number}]")
-        found = await together([self.one(library, owner, query, wanted) for query, wanted in searches])
-        seen: dict[tuple[str, int], Hit] = {}
-        for hit in (hit for one in found for hit in one.hits):
-            seen.setdefault(_key(hit), hit)
-        return Found(list(seen.values()), any(one.without_vectors for one in found))
-
-    async def one(self, library: Library, owner: str, query: str, wanted: Wanted) -> Found:
-        if not query.strip():
-            return Found(())
-        most = max(LEAST, DEPTH * wanted.top_k)
-        by_words = wanted.how != "vector_search" or self._vectors is None
-        words, near = await together([
-            library.search_text(owner, query, most, wanted.where) if by_words else _nothing(),
-            self._near(library, owner, query, most, wanted),
-        ])  # fmt: skip
-        down = near is None
-        if down and not by_words:
-            words = await library.search_text(owner, query, most, wanted.where)
-        return Found(merged(words or (), near or (), most, wanted), down)
-
-    async def _near(self, library: Library, owner: str, query: str, most: int, wanted: Wanted) -> Sequence[Hit] | None:
-        """By vectors; none where they are not wanted, None where they are not to be had."""
-        if self._vectors is None or wanted.how == "keyword_search":
-            return ()
+        searches = [(query, wanted) for query, wanted in searches if query.strip()]
+        near = asyncio.ensure_future(self._meant([query for query, wanted in searches if wanted.how != "keyword_search"]))
         try:
-            vector = await self._vectors.of_question(query, self._patience)
+            found = await together([_one(library, owner, query, wanted, near) for query, wanted in searches])
+            return Found(found[0] if len(found) == 1 else fuse(found), await near is None)
+        finally:
+            near.cancel()
+
+    async def _meant(self, queries: Sequence[str]) -> Meant:
+        """The vectors of these queries; none where there are no embeddings, None where they are not to be had."""
+        if self._vectors is None or not queries:
+            return {}
+        try:
+            return await self._vectors.of_questions(queries, self._patience)
         except NoVectors:
             return None
-        return await library.search_vectors(owner, vector, most, wanted.where)
+
+
+async def _one(library: Library, owner: str, query: str, wanted: Wanted, meant: asyncio.Future[Meant]) -> Sequence[Hit]:
+    """One search: words at once, vectors when they are there. Where they are not to be had, words stand in for them."""
+    most = max(LEAST, DEPTH * wanted.top_k)
+
+    async def by_words() -> Sequence[Hit]:
+        alone = wanted.how == "vector_search" and await asyncio.shield(meant) is not None
+        return () if alone else await library.search_text(owner, query, most, wanted.where)
+
+    async def by_vector() -> Sequence[Hit]:
+        vector = None if wanted.how == "keyword_search" else (await asyncio.shield(meant) or {}).get(query)
+        return () if vector is None else await library.search_vectors(owner, vector, most, wanted.where)
+
+    words, near = await together([by_words(), by_vector()])
+    return merged(words, near, most, wanted)
 
 
 def merged(words: Sequence[Hit], near: Sequence[Hit], most: int, wanted: Wanted) -> list[Hit]:
@@ -101,10 +106,6 @@ def within(hits: Sequence[Hit], most: int) -> list[Hit]:
 
 def _key(hit: Hit) -> tuple[str, int]:
     return hit.file, hit.passage.number
-
-
-async def _nothing() -> Sequence[Hit]:
-    return ()
 
 
 async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -16,7 +16,7 @@ import secrets
 import time
 from array import array
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -62,10 +62,10 @@ class Vectors:
         """Find the target. Raises Refused where there is none."""
         self._target, self._attempt = route(self.name).targets[0], attempt
 
-    async def of_question(self, text: str, seconds: float) -> Vector:
-        """Asked for once, within so many seconds. Raises NoVectors."""
-        (vector,) = await self._ask([text], seconds)
-        return vector
+    async def of_questions(self, texts: Sequence[str], seconds: float) -> Mapping[str, Vector]:
+        """By text; asked for once, within so many seconds. Raises NoVectors."""
+        distinct = list(dict.fromkeys(texts))
+        return dict(zip(distinct, await self._ask(distinct, seconds), strict=True))
 
     async def of_passages(self, texts: Sequence[str], library: Library) -> Sequence[Vector]:
         """At most `batch` of them; patiently. Raises NoVectors, and StoreUnavailable."""
