@@ -11,6 +11,7 @@ import asyncio
 import json
 import re
 import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -20,11 +21,13 @@ from typing import Any
 
 import pytest
 
+from middleware import TABLE
 from middleware.retrieval.indexing import FAILED, Indexer
 from middleware.retrieval.text import ExtractionError
 from middleware.retrieval.vectors import NoVectors, Vectors
 from proxy.app import Gateway
 from proxy.call import Call, Provider, Route, Target
+from proxy.config import parse
 from proxy.errors import Unconfigured, UpstreamError
 from proxy.pipeline import Handler
 from proxy.reply import Batch, Head, Reply, Trailer
@@ -402,6 +405,44 @@ class Slowly:
         self.asked += texts
         data = [{"index": at, "embedding": [1.0, float(len(text))]} for at, text in enumerate(texts)]
         await whole(json.dumps({"object": "list", "data": data}).encode())(asked, line)
+
+
+async def test_a_reload_with_other_options_goes_on_where_the_indexing_was(tmp_path: Path) -> None:
+    """The file is claimed anew at once, whatever the lease; what was counted lives on; calls use the new options."""
+    document = "\n\n".join(f"# Part {number}\n\nThe wheel of part {number} turns." for number in range(4))
+    provider = Slowly(free=1)
+    async with Upstream(provider) as upstream:
+        options = "embeddings: openai/e, batch: 2, lease: 1h"
+        async with serving(tmp_path, options, upstream.url) as running:
+            id = (await upload(running.port, document))["id"]
+            async with asyncio.timeout(15):
+                await provider.silent.wait()
+            provider.free = 99
+            other = CONFIG.format(port=0, folder=tmp_path, url=upstream.url, options=f"{options}, top_k: 1")
+            await running.reload(parse(other, {}, TABLE))
+            found = await ended(running.port, id)
+            hits = (await send(running.port, "POST", "/v1/search", {"query": "wheel"})).json["data"]
+            figures = (await send(running.port, "GET", "/metrics")).body.decode()
+    assert (found["status"], found["penstock"]["passages"]) == ("processed", 4)
+    assert len(provider.asked) == len(set(provider.asked)) == 5  # and the question
+    assert len(hits) == 1
+    assert "penstock_retrieval_uploads_total 1.0" in figures
+    assert "penstock_retrieval_passages_total 4.0" in figures
+
+
+def test_what_reads_files_is_never_loaded_into_the_gateway() -> None:
+    """Nor is the rest, where no config names it: memory is for streams."""
+    code = """
+import sys, proxy.app
+from middleware import TABLE
+heavy = {"pypdf", "docx", "bs4", "lxml", "numpy", "python_multipart"}
+loaded = lambda: sorted({name.partition(".")[0] for name in sys.modules} & heavy)
+assert "middleware.retrieval" not in sys.modules and loaded() == [], loaded()
+TABLE["retrieval"](embeddings="demo/embed")
+assert loaded() == ["python_multipart"], loaded()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @asynccontextmanager

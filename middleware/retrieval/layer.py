@@ -120,6 +120,7 @@ class Retrieval:
         if self._vectors is not None:
             self._vectors.counts = previous._counts
         if previous._task is not None:
+            previous._task.add_done_callback(lambda _: self._indexer.wake())
             previous._task.cancel()
 
     async def close(self) -> None:
