@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ import structlog
 
 from proxy.delivery import Delivery
 from proxy.store import Store, sqlite
+from proxy.store import postgres as postgres_home
+from tests.support.postgres import schema, server
 
 Json = dict[str, Any]
 NODE = Path(__file__).parent / "node"
@@ -70,9 +73,29 @@ def comments(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return found
 
 
-@pytest.fixture(params=["sqlite"])
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real PostgreSQL with pgvector."""
+    with contextlib.ExitStack() as stack:
+        try:
+            running = stack.enter_context(server(tmp_path_factory.mktemp("postgres")))
+        except Exception as error:
+            pytest.skip(f"no PostgreSQL could be started here ({type(error).__name__}: {error})")
+        yield running.get_uri()
+
+
+@pytest.fixture
+async def database(postgres: str) -> str:
+    """The URL of an empty schema in it."""
+    return await schema(postgres)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
     """Each home of what outlives a request, empty."""
-    home = await sqlite.opened(tmp_path / "data")
+    if request.param == "sqlite":
+        home: Any = await sqlite.opened(tmp_path / "data")
+    else:
+        home = await postgres_home.opened(await schema(request.getfixturevalue("postgres")), 5, 10.0, lambda trouble: None)
     yield home.store
     await home.close()

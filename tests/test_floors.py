@@ -68,6 +68,7 @@ THIRD_PARTY = {
     "python_multipart": {"middleware.retrieval.uploads"},
     "throttled": {"middleware.limits.meters"},
     "prometheus_client": {"middleware.metrics.families", "middleware.metrics.samples"},
+    "asyncpg": {"proxy.store.postgres.database", "proxy.store.postgres.conversations"},
     "numpy": {"proxy.store.sqlite.nearest"},
     "genai_prices": {"middleware.metrics.prices", "middleware.fallback.prices"},
 }

@@ -142,7 +142,7 @@ async def test_no_bound_lets_nothing_go_and_all_three_may_hold(store: Store) -> 
 
 
 async def test_more_than_one_piece_of_retention_is_done_to_the_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("proxy.store.sqlite.conversations.PIECE",):
+    for module in ("proxy.store.sqlite.conversations.PIECE", "proxy.store.postgres.conversations.PIECE"):
         monkeypatch.setattr(module, 2)
     for number in range(5):
         await told(store, "o", f"s{number}", 3, start=100.0)

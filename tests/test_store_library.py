@@ -258,7 +258,7 @@ async def test_embeddings_are_remembered_by_model_and_digest(store: Store) -> No
 
 
 async def test_of_embeddings_the_last_that_were_made_are_remembered(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("proxy.store.sqlite.library.MOST_EMBEDDINGS",):
+    for module in ("proxy.store.sqlite.library.MOST_EMBEDDINGS", "proxy.store.postgres.library.MOST_EMBEDDINGS"):
         monkeypatch.setattr(module, 3)
     for name in "abcdef":
         await store.library.remember("m", {name: [1.0]})

@@ -72,7 +72,7 @@ def _framed(number: int, hit: Hit, code: str) -> str:
 
 def _label(text: str) -> str:
     """A name or a heading as one line without marks."""
-    return excerpt("".join(sign if sign.isprintable() and sign not in "<>" else " " for sign in text), _LABEL)
+    return excerpt("".join(sign if sign.isprintable() and sign != "<" else " " for sign in text), _LABEL)
 
 
 def _code(hits: Sequence[Hit]) -> str:

@@ -8,9 +8,10 @@ The one rule: what is never shown (scripts, styles, templates) or is the same on
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 
-from bs4 import BeautifulSoup, Tag
+from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning, Tag, XMLParsedAsHTMLWarning
 from bs4.element import NavigableString, PageElement, PreformattedString
 
 from middleware.retrieval.text.decoding import decoded
@@ -29,18 +30,27 @@ _INLINE = {
 }  # fmt: skip
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 _CELLS = ("td", "th")
+_OF_LAYOUT = ["table", *_HEADINGS, "ul", "ol", "pre"]  # no cell of data has one
 _TITLE_LEVEL = 0  # above all headings
 
 
 def read(content: bytes, charset: str, limits: Limits) -> Document:
     named = _META.search(content[:4096])
-    soup = BeautifulSoup(decoded(content, charset or (named[1].decode() if named else "")), "lxml")
+    soup = _parsed(decoded(content, charset or (named[1].decode() if named else "")))
     outline = Outline(limits)
     # A first heading says the same as the title, and better.
     if soup.title is not None and soup.find("h1") is None:
         outline.heading(_TITLE_LEVEL, soup.title.get_text())
     _Walk(outline).over(soup)
     return outline.document("html")
+
+
+def _parsed(page: str) -> BeautifulSoup:
+    with warnings.catch_warnings():
+        # What it looks like has been decided by then.
+        warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
+        warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
+        return BeautifulSoup(page, "lxml")
 
 
 class _Walk:
@@ -50,8 +60,10 @@ class _Walk:
         self._outline = outline
         self._line: list[str] = []
         self._stack: list[tuple[Tag, Iterator[PageElement]]] = []
+        self._layouts: set[int] = set()
 
     def over(self, root: Tag) -> None:
+        self._layouts = _layouts(root)
         self._stack.append((root, iter(root.children)))
         while self._stack:
             tag, children = self._stack[-1]
@@ -72,7 +84,7 @@ class _Walk:
         elif tag.name == "pre":
             self._end_line()
             self._outline.add("".join(_texts(tag)), "code")
-        elif tag.name == "table" and _is_data(tag):
+        elif tag.name == "table" and id(tag) not in self._layouts:
             self._end_line()
             self._outline.add("\n".join(filter(None, _rows(tag))), "rows")
         else:
@@ -113,9 +125,21 @@ def _words(tag: Tag) -> str:
     return " ".join("".join(_texts(tag)).split())
 
 
-def _is_data(table: Tag) -> bool:
-    """Whether a table holds data rather than the parts of a page."""
-    return table.find(["table", *_HEADINGS, "ul", "ol", "pre"]) is None
+def _layouts(root: Tag) -> set[int]:
+    """The tables that lay out the page rather than hold data, by identity. Every tag is climbed over once, however deep it is."""
+    tables: dict[int, Tag | None] = {}
+    found = set()
+    for tag in root.find_all(_OF_LAYOUT):
+        path: list[int] = []
+        above = tag.parent
+        while above is not None and above.name != "table" and id(above) not in tables:
+            path.append(id(above))
+            above = above.parent
+        table = above if above is None or above.name == "table" else tables[id(above)]
+        tables.update(dict.fromkeys(path, table))
+        if table is not None:
+            found.add(id(table))
+    return found
 
 
 def _rows(table: Tag) -> Iterator[str]:

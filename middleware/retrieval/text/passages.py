@@ -50,7 +50,7 @@ def passages(document: Document, size: int = SIZE, overlap: int = OVERLAP) -> li
         atoms = list(_atoms(tuple(blocks), most))
         for carried, fresh in _packed(atoms, most, again):
             text = "".join(atom.text for atom in [*carried, *fresh]).strip("\n").rstrip()
-            if text.strip():
+            if any(atom.text.strip() for atom in fresh):
                 found.append(Passage(len(found), text, SEPARATOR.join(heading), fresh[0].page))
     return found
 
@@ -67,7 +67,8 @@ def _packed(atoms: Sequence[Atom], most: int, again: int) -> Iterator[tuple[Sequ
         end = _filled(atoms, begin, most - sum(atom.bytes for atom in atoms[begin - carried : begin]))
         yield atoms[begin - carried : begin], atoms[begin:end]
         if end < len(atoms):
-            carried = _carried(atoms, begin, end, min(again, most - atoms[end].bytes))
+            first = begin if carried else begin + 1  # a passage is never said again as a whole
+            carried = _carried(atoms[first:end], min(again, most - atoms[end].bytes))
         begin = end
 
 
@@ -89,10 +90,10 @@ def _filled(atoms: Sequence[Atom], begin: int, room: int) -> int:
     return best
 
 
-def _carried(atoms: Sequence[Atom], begin: int, end: int, room: int) -> int:
-    """How many of the last atoms of a passage are said again in the next."""
+def _carried(atoms: Sequence[Atom], room: int) -> int:
+    """How many of a passage's last atoms are said again in the next."""
     count = 0
-    for atom in reversed(atoms[begin + 1 : end]):
+    for atom in reversed(atoms):
         room -= atom.bytes
         if room < 0 or not atom.carried:
             break

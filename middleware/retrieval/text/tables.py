@@ -12,6 +12,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice, zip_longest
 
 from middleware.retrieval.text.decoding import decoded
@@ -70,11 +71,11 @@ def _sign(start: str) -> str:
 
 
 def _agreement(start: str, sign: str) -> tuple[int, int]:
-    try:
-        rows = islice(csv.reader(io.StringIO(start, newline=""), delimiter=sign), _ROWS_LOOKED_AT)
-        widths = Counter(len(row) for row in rows if len(row) > 1)
-    except csv.Error:
-        return 0, 0
+    """How many rows agree on how many cells, up to the first row whose quotes say that it is another sign."""
+    widths: Counter[int] = Counter()
+    with suppress(csv.Error):
+        for row in islice(csv.reader(io.StringIO(start, newline=""), delimiter=sign, strict=True), _ROWS_LOOKED_AT):
+            widths[len(row)] += len(row) > 1
     width, times = max(widths.items(), key=lambda item: (item[1], item[0]), default=(0, 0))
     return times, width
 

@@ -26,11 +26,11 @@ _WORDS = {None: "null", True: "true", False: "false"}
 
 
 def read(content: bytes, charset: str, limits: Limits) -> Document:
-    outline = Outline(limits)
+    outline, writing = Outline(limits), _Writing(limits)
     try:
         for record in _records(decoded(content, charset)):
-            for value, path in _blocks(record, "", limits.depth):
-                outline.add(_Written(limits).of(value, path), "rows")
+            for block in writing.blocks(record, "", limits.depth):
+                outline.add(block, "rows")
     except RecursionError:
         raise _too_deep(limits) from None
     return outline.document("json")
@@ -62,51 +62,54 @@ def _of_lines(text: str, fault: json.JSONDecodeError) -> list[Any]:
     return records
 
 
-def _blocks(value: Any, path: str, depth: int) -> Iterator[tuple[Any, str]]:
-    """What makes a block each: the elements of arrays, found through objects; other members by themselves."""
-    if isinstance(value, _Object) and value and depth > 0:
-        for key, member in value:
-            yield from _blocks(member, _member(path, key), depth - 1)
-    elif isinstance(value, list) and not _is_plain(value):
-        for number, element in enumerate(value):
-            yield element, f"{path}[{number}]"
-    else:
-        yield value, path
-
-
-class _Written:
-    """The lines of one block."""
+class _Writing:
+    """Values as text. depth: how many levels a value may still have, wherever it is asked for."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._left = limits.characters
         self._lines: list[str] = []
+        self._size = 0
 
-    def of(self, value: Any, path: str) -> str:
-        self._write(value, path, self._limits.depth)
+    def blocks(self, value: Any, path: str, depth: int) -> Iterator[str]:
+        """What makes a block each: the elements of arrays, found through objects; other members by themselves."""
+        members = self._members(value, path, depth)
+        if members is None:
+            yield self._block(value, path, depth)
+        elif isinstance(value, _Object):
+            for member, place in members:
+                yield from self.blocks(member, place, depth - 1)
+        else:
+            for element, place in members:
+                yield self._block(element, place, depth - 1)
+
+    def _block(self, value: Any, path: str, depth: int) -> str:
+        self._lines, self._size = [], 0
+        self._write(value, path, depth)
         return "\n".join(self._lines)
 
     def _write(self, value: Any, path: str, depth: int) -> None:
-        if depth < 0:
+        members = self._members(value, path, depth)
+        if members is None:
+            self._add(f"{path}: {_plain(value)}" if path else _plain(value))
+            return
+        for member, place in members:
+            self._write(member, place, depth - 1)
+
+    def _members(self, value: Any, path: str, depth: int) -> Iterator[tuple[Any, str]] | None:
+        """What a value consists of, with the paths; None for one that is written on one line."""
+        if depth == 0 and isinstance(value, (list, _Object)):
             raise _too_deep(self._limits)
         if isinstance(value, _Object) and value:
-            for key, member in value:
-                self._write(member, _member(path, key), depth - 1)
-        elif isinstance(value, list) and not _is_plain(value):
-            for number, element in enumerate(value):
-                self._write(element, f"{path}[{number}]", depth - 1)
-        else:
-            self._add(f"{path}: {_plain(value)}" if path else _plain(value))
+            return ((member, f"{path}.{key}" if path else key) for key, member in value)
+        if isinstance(value, list) and not _is_plain(value):
+            return ((element, f"{path}[{number}]") for number, element in enumerate(value))
+        return None
 
     def _add(self, line: str) -> None:
-        self._left -= len(line)
-        if self._left < 0:
+        self._size += len(line)
+        if self._size > self._limits.characters:
             raise too_large(self._limits)
         self._lines.append(line)
-
-
-def _member(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
 
 
 def _is_plain(value: list[Any]) -> bool:

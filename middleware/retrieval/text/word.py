@@ -27,7 +27,8 @@ _DOCTYPE = re.compile(
 )
 _OVERHANG = 40  # bytes that the longest match may begin before the end of a piece
 _HEADING = re.compile(r"heading ([1-9])$", re.I)
-_TITLE_LEVEL = 0
+_TITLE_LEVEL, _LIST = 0, -1
+_MOST_STYLES = 10  # that build on one another
 _P, _TBL, _TR, _TC, _T = (qn(f"w:{name}") for name in ("p", "tbl", "tr", "tc", "t"))
 _SPACES = {qn("w:tab"): "\t", qn("w:br"): "\n", qn("w:cr"): "\n"}
 _VAL = qn("w:val")
@@ -92,17 +93,27 @@ def _bounded(size: int, limits: Limits) -> None:
 
 
 def _levels(styles: Any) -> dict[str, int]:
-    """The level of heading that each style is, by its id. Their names are English whatever language Word speaks."""
-    found = {}
-    for style in styles.element.style_lst:
-        name = (style.name_val or "").lower()
-        if heading := _HEADING.match(name):
-            found[style.styleId] = int(heading[1])
-        elif name == "title":
-            found[style.styleId] = _TITLE_LEVEL
-        elif name.startswith("list"):
-            found[style.styleId] = -1
-    return found
+    """The level of heading that each style is, by its id."""
+    named = {style.styleId: style for style in styles.element.style_lst}
+    return {id: level for id in named if (level := _level_of(id, named)) is not None}
+
+
+def _level_of(id: str | None, named: dict[str, Any]) -> int | None:
+    """Its own, or that of the style which it builds on, as companies' styles do."""
+    for _ in range(_MOST_STYLES):
+        style = named.get(id or "")
+        if style is None or (level := _level(style.name_val)) is not None:
+            return None if style is None else level
+        id = style.basedOn_val
+    return None
+
+
+def _level(name: str | None) -> int | None:
+    """Of a style. Names are English in the file, whatever language Word speaks."""
+    if heading := _HEADING.match(name or ""):
+        return int(heading[1])
+    lowered = (name or "").lower()
+    return _TITLE_LEVEL if lowered == "title" else _LIST if lowered.startswith("list") else None
 
 
 def _outermost(root: Any, tags: set[str]) -> Iterator[Any]:
@@ -123,7 +134,7 @@ def _paragraph(element: Any, levels: dict[str, int], outline: Outline) -> None:
     level = levels.get(style) if style else None
     if level is not None and level >= 0:
         outline.heading(level, text)
-    elif text.strip() and (level == -1 or element.find(f"{qn('w:pPr')}/{qn('w:numPr')}") is not None):
+    elif text.strip() and (level == _LIST or element.find(f"{qn('w:pPr')}/{qn('w:numPr')}") is not None):
         outline.add(f"- {text}")
     else:
         outline.add(text)
