@@ -9,6 +9,7 @@ The one rule: nothing here raises for what stands in the file, and no fault repe
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -70,6 +71,7 @@ class Reading:
             self.route(name, written, names)
         layers = [layer for layer in self.middleware(value.get("middleware"), names) if layer]
         self.listen(file, value)
+        self.store(file)
         return (file if isinstance(file, File) else None), layers
 
     def section(self, value: dict[str, Any], name: str) -> dict[str, Any]:
@@ -146,6 +148,10 @@ class Reading:
             elif kind == "missing" and number == len(loc) - 1:
                 found = (*found, part)
         return found
+
+    def store(self, file: BaseModel | None) -> None:
+        if isinstance(file, File) and file.store.url is not None and importlib.util.find_spec("asyncpg") is None:
+            self.document.fault(("store",), "PostgreSQL needs asyncpg: pip install 'penstock[postgres]'")
 
     # What holds across parts
 

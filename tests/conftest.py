@@ -74,11 +74,11 @@ def comments(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The URL of a real PostgreSQL with pgvector."""
     with contextlib.ExitStack() as stack:
         try:
-            running = stack.enter_context(server(tmp_path_factory.mktemp("postgres")))
+            running = stack.enter_context(server())
         except Exception as error:
             pytest.skip(f"no PostgreSQL could be started here ({type(error).__name__}: {error})")
         yield running.get_uri()

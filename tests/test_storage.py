@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
-from proxy.call import Call
+from proxy.call import Call, altered
 from proxy.config import ConfigError, parse
 from proxy.configfile import ConfigFile
 from proxy.pipeline import Handler, Surroundings
 from proxy.reply import Reply
-from proxy.store import Store, Turn
-from tests.support.gateway import gateway
+from proxy.store import Store, StoreUnavailable, Turn
+from proxy.store.guard import FAILURES
+from tests.support.gateway import Json, ask, chat, gateway
 
 CONFIG = """
 server: {{port: 0}}
@@ -96,6 +101,111 @@ async def test_a_folder_that_cannot_be_is_a_fault_at_start(tmp_path: Path) -> No
             pass
 
 
+# A server that is away, or slow
+
+AWAY = CONFIG + "store: postgresql://penstock:hunter2@127.0.0.1:9/penstock\n"
+
+
+class Asking(Keeping):
+    """Asks the store on each request, and goes on without it."""
+
+    async def start(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    async def __call__(self, call: Call, next: Handler) -> Reply:
+        assert self.store is not None
+        try:
+            await self.store.conversations.turns("o", "s", 10)
+        except StoreUnavailable:
+            return await next(altered(call, name="forgetful"))
+        return await next(call)
+
+
+TABLE["asking"] = Asking
+
+
+async def health(port: int) -> dict[str, Any]:
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/readyz?verbose") as response:
+        found: dict[str, Any] = (await response.json())["store"]
+        return found
+
+
+async def metrics(port: int) -> list[str]:
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/metrics") as response:
+        return [line for line in (await response.text()).splitlines() if line.startswith("penstock_store_")]
+
+
+async def test_without_its_server_the_gateway_starts_serves_and_says_so(tmp_path: Path, lines: list[Json]) -> None:
+    async with gateway(config=AWAY, table=TABLE, folder=str(tmp_path), middleware="metrics, asking") as running:
+        for _ in range(FAILURES + 2):
+            answer = await ask(running.port, chat("demo/fast"))
+            assert (answer.status, answer.done) == (200, True)
+        told = await health(running.port)
+        assert (told["kind"], told["state"], told["not_asked"]) == ("postgres", "unavailable", ["conversations"])
+        assert "Connect call failed" in told["trouble"]
+        found = await metrics(running.port)
+        assert f'penstock_store_calls_total{{method="turns",outcome="unavailable"}} {FAILURES}.0' in found
+        assert 'penstock_store_calls_total{method="turns",outcome="refused"} 2.0' in found
+        assert 'penstock_store_circuit_state{part="conversations"} 1.0' in found
+        assert 'penstock_store_circuit_state{part="library"} 0.0' in found
+    told_lines = [line["event"] for line in lines if "store" in line["event"]]
+    assert told_lines == ["the store cannot be reached, and is tried again", "the store is not asked for a moment"]
+    assert "hunter2" not in f"{lines} {told} {found}"
+    assert os.listdir(tmp_path) == [], "and nothing is made here"
+
+
+async def test_a_server_that_answers_is_used_and_said_to_be_well(tmp_path: Path, database: str, lines: list[Json]) -> None:
+    config = CONFIG + "store: '{url}'\n"
+    async with gateway(config=config, table=TABLE, folder=str(tmp_path), middleware="keeping", url=database) as running:
+        kept = running.layers[0].store  # type: ignore[attr-defined]
+        assert [turn.request for turn in await kept.conversations.turns("o", "s", 10)] == ["start"]
+        assert await health(running.port) == {"kind": "postgres", "state": "ok"}
+    assert [line["event"] for line in lines if "store" in line["event"]] == ["the store is there"]
+
+
+async def test_a_stream_waits_for_a_slow_store_no_longer_than_the_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[Json]
+) -> None:
+    async def hang(*args: object) -> None:
+        await asyncio.Event().wait()
+
+    hang.__name__ = "turns"
+    monkeypatch.setattr("proxy.store.sqlite.SqliteConversations.turns", hang)
+    config = CONFIG + "store: {{timeout: 5ms}}\n"
+    async with gateway(config=config, table=TABLE, folder=str(tmp_path), middleware="metrics, asking") as running:
+        for _ in range(FAILURES + 1):
+            assert (await ask(running.port, chat("demo/fast"))).done
+        assert await health(running.port) == {"kind": "sqlite", "state": "failing", "not_asked": ["conversations"]}
+        assert f'penstock_store_calls_total{{method="turns",outcome="timeout"}} {FAILURES}.0' in await metrics(running.port)
+    [line] = [line for line in lines if "store" in line["event"]]
+    assert line["why"] == "turns took longer than 0.005 s"
+
+
+async def test_a_store_that_changed_while_none_was_wanted_takes_a_restart_where_one_is_open(tmp_path: Path) -> None:
+    folder = str(tmp_path / "data")
+    async with gateway(config=CONFIG, table=TABLE, folder=folder, middleware="keeping") as running:
+        await running.reload(parse(CONFIG.format(folder=folder, middleware="other"), {}, TABLE))
+        with pytest.raises(ConfigError, match="another one is open since an earlier config, so this one takes a restart"):
+            await running.reload(parse(CONFIG.format(folder=folder + "2", middleware="keeping"), {}, TABLE))
+
+
+def test_where_a_worker_cannot_open_it_the_faults_are_said(tmp_path: Path) -> None:
+    """Through the command line, with workers and without: no traceback, exit status 1."""
+    (tmp_path / "file").write_text("")
+    config = tmp_path / "config.yaml"
+    own = "tests.test_storage:Keeping"
+    config.write_text(CONFIG.format(folder=tmp_path / "file" / "data", middleware=f'"{own}"'))
+    for workers in ("1", "2"):
+        command = [sys.executable, "-m", "proxy", "serve", "-c", str(config), "--workers", workers]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=Path(__file__).parent.parent)
+        assert done.returncode == 1
+        assert "penstock.db: Not a directory" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 # Settings
 
 
@@ -133,6 +243,12 @@ def test_what_is_wrong_with_it_is_said_by_its_path_and_without_the_password(text
         parse(text, {})
     assert refused.value.faults[0].startswith(f"{fault}")
     assert "hunter2" not in str(refused.value)
+
+
+def test_postgres_without_its_driver_is_a_fault_that_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    with pytest.raises(ConfigError, match=r"store \(line 1\): PostgreSQL needs asyncpg: pip install 'penstock\[postgres\]'"):
+        parse("store: postgresql://h/d", {})
 
 
 @pytest.mark.parametrize(("middleware", "kept"), [("keeping", ["data_dir", "store"]), ("other", [])])

@@ -100,6 +100,25 @@ async def test_a_forgotten_session_is_gone_and_begins_anew(store: Store) -> None
     assert await store.conversations.append("o", "s", turn("s-0")) == 1
 
 
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns_of_the_loop=st.lists(st.integers(0, 12), min_size=1, max_size=12))
+async def test_callers_that_go_in_the_middle_leave_whole_turns_or_none(store: Store, turns_of_the_loop: list[int]) -> None:
+    """Each is cancelled after so many turns of the loop, wherever its append is by then."""
+    tasks = [asyncio.create_task(store.conversations.append("o", "s", turn(f"r{at}"))) for at in range(len(turns_of_the_loop))]
+    for number in range(max(turns_of_the_loop) + 1):
+        for task, wanted in zip(tasks, turns_of_the_loop, strict=True):
+            if wanted == number:
+                task.cancel()
+        await asyncio.sleep(0)
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    last = await store.conversations.append("o", "s", turn("last"))
+    kept = await store.conversations.turns("o", "s", 100)
+    assert [found.number for found in kept] == list(range(1, last + 1))
+    assert {end for end in ends if isinstance(end, int)} <= {found.number for found in kept}
+    assert await store.conversations.session("o", "s") == Session("s", 1000.0, 1000.0, last, 10 * last)
+    await store.conversations.forget("o", "s")
+
+
 # Retention
 
 

@@ -13,11 +13,12 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 from dataclasses import dataclass
 
 from proxy import logs
 from proxy.app import Gateway, event_loop, settle_memory
-from proxy.config import Config
+from proxy.config import Config, ConfigError
 from proxy.configfile import ConfigFile
 from proxy.reload import Reloader
 from proxy.workers.listening import Bound, leave
@@ -50,6 +51,9 @@ def work(config: Config, place: Place) -> int:
     try:
         with event_loop() as runner:
             runner.run(_serve(config, place))
+    except ConfigError as error:
+        print(f"penstock: worker {place.number}: {error}", file=sys.stderr, flush=True)
+        return 1
     finally:
         flush()
     return 0

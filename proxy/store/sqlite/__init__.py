@@ -8,16 +8,21 @@ from proxy.store import Store
 from proxy.store.sqlite.conversations import SqliteConversations
 from proxy.store.sqlite.database import Database
 from proxy.store.sqlite.library import SqliteLibrary
+from proxy.store.sqlite.search import has_numpy
 
+NO_NUMPY = "numpy is missing, so nothing is searched by vectors (pip install 'penstock[retrieval]', then a restart)"
 FILE_NAME = "penstock.db"
 
 
 class SqliteHome:
-    """store: of it. close: lets go of the file."""
+    """store: of it. close: lets go of the file. lacks: what cannot be done here; trouble: a file is always there."""
+
+    trouble = None
 
     def __init__(self, database: Database) -> None:
         self.store = Store("sqlite", SqliteConversations(database), SqliteLibrary(database))
         self.close = database.close
+        self.lacks = None if has_numpy() else NO_NUMPY
 
 
 async def opened(folder: Path) -> SqliteHome:

@@ -21,6 +21,7 @@ from proxy.store import StoreUnavailable
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 MOST_TOGETHER = 64
+CLOSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,8 @@ class Lane:
         """Finish what is waiting, then let go of the file."""
         if not self._closed:
             self._closed = True
-            await self._asked(None)
-            self._thread.join()
+            # A thread that a dead disk holds ends with the process.
+            await asyncio.wait({self._asked(None)}, timeout=CLOSE_SECONDS)
 
     def _asked(self, work: Work[Any] | None) -> asyncio.Future[Any]:
         future = asyncio.get_running_loop().create_future()

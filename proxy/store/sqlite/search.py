@@ -11,6 +11,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from hashlib import sha256
+from importlib.util import find_spec
 from typing import Any
 
 import orjson
@@ -46,6 +47,8 @@ def by_text(db: sqlite3.Connection, owner: str, query: str, most: int, where: Wh
 
 
 def by_vector(db: sqlite3.Connection, owner: str, vector: Vector, most: int, where: Where) -> Sequence[Hit]:
+    if not has_numpy():
+        return []
     from proxy.store.sqlite.nearest import nearest  # here, since it loads numpy
 
     wanted = packed(vector)
@@ -53,6 +56,10 @@ def by_vector(db: sqlite3.Connection, owner: str, vector: Vector, most: int, whe
     rows = [(db.execute(BY_KEY, (passage,)).fetchone(), score) for passage, score in best]
     # A file may have been removed since the line above.
     return [_hit(row, score) for row, score in rows if row is not None]
+
+
+def has_numpy() -> bool:
+    return find_spec("numpy") is not None
 
 
 def scope(owner: str) -> str:
