@@ -36,6 +36,7 @@ providers: {{demo: {{api: demo}}}}
 middleware:
   - retrieval: {{embeddings: demo/embed}}
 """
+KEY = "pk-super-agent-0123456789"
 LINE = "The penstock of Ulm is 42 metres long."
 QUESTION = "How long is the penstock of Ulm?"
 MESSAGES: Any = [{"role": "user", "content": QUESTION}]
@@ -112,6 +113,47 @@ async def test_the_python_sdk(tmp_path: Path) -> None:
         async with AsyncOpenAI(base_url=base, api_key="unused", max_retries=0, timeout=15) as client:
             sent = await client.files.create(file=("ulm.pdf", content), purpose="assistants")
             assert (await client.files.retrieve(sent.id)).filename == "ulm.pdf"
+
+
+async def test_a_super_agents_client_is_answered_from_its_pdf(tmp_path: Path) -> None:
+    """`superAgentKey` beside the caller's own provider key, as that API's clients send them; another caller finds nothing."""
+
+    def client(running: Gateway, own: str) -> AsyncOpenAI:
+        headers = {"superAgentKey": KEY}
+        return AsyncOpenAI(base_url=f"http://127.0.0.1:{running.port}/v1", api_key=own, default_headers=headers, max_retries=0)
+
+    async def ask(caller: AsyncOpenAI) -> tuple[str, Any]:
+        text, last = "", None
+        stream = await caller.chat.completions.create(
+            model="demo/inspect",
+            messages=MESSAGES,
+            stream=True,
+            extra_body={"useRAG": True, "sessionId": "s1", "saveToMemory": True},
+        )
+        async for chunk in stream:
+            text += chunk.choices[0].delta.content or ""
+            last = chunk
+        assert last is not None
+        assert last.model_extra is not None
+        return text, last.model_extra["penstock"]["sources"]
+
+    auth = f"middleware:\n  - auth: {{{{keys: [{{{{name: web, key: {KEY}}}}}], pass_through: [demo]}}}}"
+    config = CONFIG.replace("middleware:", auth)
+    async with (
+        gateway(config=config, transports={"demo": DemoTransport(sleep=at_once)}, folder=str(tmp_path)) as running,
+        client(running, "sk-callers-0123456789") as caller,
+        client(running, "sk-others-0123456789") as other,
+    ):
+        sent = await caller.files.create(file=("ulm.pdf", pdf(LINE)), purpose="assistants")
+        await caller.files.wait_for_processing(sent.id, poll_interval=0.02, max_wait_seconds=15)
+        text, (source,) = await ask(caller)
+        check_source(source, sent.id)
+        check_prompt(text)
+        text, none = await ask(other)
+        assert none == []
+        assert json.loads(text)["messages"] == MESSAGES
+        with pytest.raises(openai.NotFoundError):
+            await other.files.retrieve(sent.id)
 
 
 async def output(*command: str, **options: Any) -> str:
