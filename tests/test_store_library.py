@@ -108,10 +108,13 @@ async def test_a_removed_file_is_gone_with_all_that_was_made_of_it(store: Store)
 async def test_files_are_claimed_in_the_order_in_which_they_came(store: Store) -> None:
     await added(store, "o", "a", created=2000.0)
     await added(store, "p", "b", created=1000.0)
+    assert await store.library.waiting() == 2
     first = await store.library.claim("w", 60.0, 1000.0)
+    assert await store.library.waiting() == 1
     second = await store.library.claim("w", 60.0, 1000.0)
     assert first is not None
     assert second is not None
+    assert await store.library.waiting() == 0
     assert (first.owner, first.file.id, first.content, first.done) == ("o", "a", b"a", 0)
     assert (second.owner, second.file.id, second.content, second.done) == ("p", "b", b"b", 0)
     assert first.file.status == "processing"

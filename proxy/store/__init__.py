@@ -170,6 +170,10 @@ class Library(Protocol):
         """How many files, and how many bytes of content, this owner has."""
         ...
 
+    async def waiting(self) -> int:
+        """How many files nobody has claimed yet, over all owners."""
+        ...
+
     async def claim(self, worker: str, lease: float, now: float) -> Job | None:
         """The oldest file that waits for indexing, or whose worker has not been heard of for `lease` seconds; nobody else gets
         it until then. now: Unix seconds."""

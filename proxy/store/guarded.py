@@ -87,6 +87,9 @@ class GuardedLibrary:
     async def held(self, owner: str) -> tuple[int, int]:
         return await self._call(self._short, self._home.held, owner)
 
+    async def waiting(self) -> int:
+        return await self._call(self._short, self._home.waiting)
+
     async def claim(self, worker: str, lease: float, now: float) -> Job | None:
         return await self._call(self._long, self._home.claim, worker, lease, now)
 

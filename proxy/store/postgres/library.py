@@ -80,6 +80,11 @@ class PostgresLibrary:
         count, total = await self._database.run(lambda db: db.fetchrow(HELD, key(owner)))
         return count, total
 
+    async def waiting(self) -> int:
+        text = "SELECT count(*) FROM penstock_files WHERE status = 'uploaded'"
+        count: int = await self._database.run(lambda db: db.fetchval(text))
+        return count
+
     async def claim(self, worker: str, lease: float, now: float) -> Job | None:
         return await self._database.transaction(lambda db: _claim(db, key(worker), lease, now))
 

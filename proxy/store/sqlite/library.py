@@ -68,6 +68,12 @@ class SqliteLibrary:
         count, total = await self._database.read(lambda db: db.execute(text, (key(owner),)).fetchone())
         return count, total
 
+    async def waiting(self) -> int:
+        # With the index's own words, or it is not used.
+        text = "SELECT count(*) FROM files WHERE status IN ('uploaded', 'processing') AND status = 'uploaded'"
+        count: int = (await self._database.read(lambda db: db.execute(text).fetchone()))[0]
+        return count
+
     async def claim(self, worker: str, lease: float, now: float) -> Job | None:
         return await self._database.write(lambda db: _claim(db, key(worker), lease, now))
 
