@@ -186,6 +186,20 @@ class Stands:
         return cut(content)
 
 
+async def test_it_says_what_it_is_at_and_how_many_wait(store: Store) -> None:
+    reader = Stands()
+    for number in (1, 2, 3):
+        await add(store, number, b"alpha %d" % number)
+    async with indexing(store, reader) as indexer:
+        await reader.begun.wait()
+        assert indexer.job is not None
+        assert (indexer.job.file.id, indexer.waiting) == ("file-1", 2)
+        reader.go.set()
+        await over(store, 3)
+        await until(lambda: indexer.job is None)
+        assert indexer.waiting == 0
+
+
 async def test_a_file_that_is_deleted_meanwhile_stops_quietly(store: Store) -> None:
     """While it is read: the claim's renewal notices; the next is taken."""
     reader = Stands()
@@ -381,7 +395,7 @@ async def test_hostile_files_end_as_errors_with_a_sentence_while_the_gateway_str
         state = (await send(running.port, "GET", "/readyz?verbose")).json["middleware"]["retrieval"]
     assert 'penstock_retrieval_files_total{end="error"} 3.0' in figures
     assert 'penstock_retrieval_files_total{end="processed"} 1.0' in figures
-    assert state == {"indexing": None}
+    assert state == {"indexing": None, "waiting": 0}
 
 
 # A crash

@@ -43,6 +43,7 @@ class Gone(Exception):
 class Indexer:
     """Indexes what waits. read: a file's passages; raises ExtractionError. vectors: None where there are none.
 
+    job: the one in hand. waiting: files of anybody's that nobody has begun, as of when this one was taken.
     lease: seconds after which a worker that is not heard of has lost its file. clock: Unix seconds. counts: files by end
     (`processed`, `error`), `passages`, and `unembedded` ones among them.
     """
@@ -62,6 +63,7 @@ class Indexer:
         self._worker = secrets.token_hex(8)
         self._bell = asyncio.Event()
         self.job: Job | None = None
+        self.waiting = 0
 
     def wake(self) -> None:
         """There is something to do."""
@@ -72,7 +74,9 @@ class Indexer:
         while True:
             self._bell.clear()
             try:
-                if (job := await library().claim(self._worker, self._lease, self._clock())) is not None:
+                job = await library().claim(self._worker, self._lease, self._clock())
+                self.waiting = await library().waiting()
+                if job is not None:
                     await self._index(library(), job)
                 else:
                     await self._rest()

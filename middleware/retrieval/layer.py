@@ -185,7 +185,8 @@ class Retrieval:
 
     def health(self) -> dict[str, Any]:
         job = self._indexer.job
-        return {"indexing": None if job is None else {"id": job.file.id, "progress": round(job.file.progress, 3)}}
+        now = None if job is None else {"id": job.file.id, "progress": round(job.file.progress, 3)}
+        return {"indexing": now, "waiting": self._indexer.waiting}
 
     def samples(self) -> Iterable[Sample]:
         counts = self._counts
@@ -201,6 +202,8 @@ class Retrieval:
             yield Sample(f"penstock_retrieval_embedding_{name}_total", "counter", words, counts[name])
         words = "Files that are being indexed now: one at a time."
         yield Sample("penstock_retrieval_indexing", "gauge", words, self._indexer.job is not None)
+        words = "Files that wait for indexing, of all workers, as this one saw it when it last took a file."
+        yield Sample("penstock_retrieval_waiting", "gauge", words, self._indexer.waiting)
 
 
 def _headed(reply: Reply, word: str) -> Reply:
