@@ -42,13 +42,15 @@ def _last(sources: Sequence[Json], batch: Batch) -> Batch:
 
 
 def _items(items: Sequence[Item], sources: Sequence[Json]) -> list[Item]:
-    found = [single for item in items for single in (single_events(item) if isinstance(item, Run) else (item,))]
-    for place in reversed(range(len(found))):
-        chunk = _chunk(found[place])
-        if any(choice.get("finish_reason") for choice in chunk["choices"]):
-            found[place] = _with(chunk, sources)
-            break
-    return found
+    for place in reversed(range(len(items))):
+        item = items[place]
+        singles: list[Item] = [*single_events(item)] if isinstance(item, Run) else [item]
+        for number in reversed(range(len(singles))):
+            chunk = _chunk(singles[number])
+            if any(choice.get("finish_reason") for choice in chunk["choices"]):
+                singles[number] = _with(chunk, sources)
+                return [*items[:place], *singles, *items[place + 1 :]]
+    return list(items)
 
 
 def _chunk(item: Item) -> Chunk:
