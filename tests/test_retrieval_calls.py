@@ -450,7 +450,8 @@ async def test_the_questions_of_a_request_are_embedded_in_one_while_words_are_se
         assert answer.headers["X-Penstock-Retrieval"] == "passages=3"
         assert [asked.json["input"] for asked in upstream.asked[indexing:]] == [[QUESTION, "What is steel?"]]
     # What two searches found comes first; each passage is there once.
-    assert [source["name"] for source in sources(answer)] == ["0.txt", "1.txt", "2.txt"]
+    first, *others = [source["name"] for source in sources(answer)]
+    assert (first, sorted(others)) == ("0.txt", ["1.txt", "2.txt"])
 
 
 async def test_an_embeddings_target_that_is_silent_is_not_waited_for(tmp_path: Path) -> None:
