@@ -11,8 +11,10 @@ import asyncio
 import json
 import re
 import signal
+import struct
 import subprocess
 import sys
+from base64 import b64encode
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -20,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from middleware import TABLE
+from middleware.retrieval.embedded import read, tokens
 from middleware.retrieval.indexing import FAILED, Indexer
 from middleware.retrieval.text import ExtractionError
 from middleware.retrieval.vectors import NoVectors, Vectors
@@ -292,7 +297,7 @@ async def test_embeddings_come_in_batches_and_a_target_that_is_down_is_asked_aga
 
 @pytest.mark.parametrize(
     ("faults", "requests"),
-    [([DOWN] * 9, 6), ([UpstreamError("no", status=400)], 1), ([Unconfigured("no key")], 1)],
+    [([DOWN] * 9, 6), ([UpstreamError("no", status=403)], 1), ([Unconfigured("no key")], 1)],
 )
 async def test_a_target_that_stays_away_costs_the_vectors_and_not_the_file(
     store: Store, faults: list[Exception], requests: int
@@ -330,13 +335,57 @@ def digest(text: str) -> str:
     return sha256(text.encode()).hexdigest()
 
 
+async def test_a_target_that_refuses_base64_is_asked_for_numbers_from_then_on() -> None:
+    spellings: list[str | None] = []
+    embeds = Embeds()
+
+    async def picky(call: Call) -> Reply:
+        spellings.append(call.request.get("encoding_format"))
+        if spellings[-1] is not None:
+            raise UpstreamError("encoding_format is not supported", status=422)
+        return await embeds(call)
+
+    vectors = embedding(picky)
+    for _ in range(2):
+        assert list((await vectors.of_questions(["q"], 1.0))["q"]) == [1.0, 1.0]
+    assert spellings == ["base64", None, None]
+
+
+async def test_where_that_was_not_the_reason_it_is_asked_for_again() -> None:
+    embeds = Embeds(UpstreamError("no", status=400), UpstreamError("no", status=400))
+    vectors = embedding(embeds)
+    with pytest.raises(NoVectors):
+        await vectors.of_questions(["q"], 1.0)
+    await vectors.of_questions(["q"], 1.0)
+    assert len(embeds.asked) == 3
+
+
+@given(st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3), min_size=1, max_size=4), st.booleans())
+def test_both_spellings_are_the_same_vectors(numbers: list[list[float]], usage: bool) -> None:
+    told: Json = {"usage": {"prompt_tokens": 7}} if usage else {}
+    for spelled in (list, lambda vector: b64encode(struct.pack("<3f", *vector)).decode()):
+        data = [{"index": at, "embedding": spelled(vector)} for at, vector in enumerate(numbers)]
+        found = {"data": data[::-1], **told}
+        assert [list(vector) for vector in read(found, len(numbers))] == numbers
+        assert tokens(found) == (7 if usage else 0)
+
+
 @pytest.mark.parametrize(
     "data",
     [
-        None, {}, [], [{"index": 0}], [{"index": 0, "embedding": []}], [{"index": 0, "embedding": ["x"]}],
-        [{"index": 0, "embedding": [float("nan")]}], [{"index": 0, "embedding": [1]}] * 2, [{"embedding": [1]}],
+        None,
+        {},
+        [],
+        [{"index": 0}],
+        [{"embedding": [1]}],
+        [{"index": 0, "embedding": []}],
+        [{"index": 0, "embedding": ["x"]}],
+        [{"index": 0, "embedding": [float("nan")]}],
+        [{"index": 0, "embedding": "AA"}],
+        [{"index": 0, "embedding": "?"}],
+        [{"index": 0, "embedding": [1]}] * 2,
     ],
-)  # fmt: skip
+)
 async def test_what_is_no_vector_is_none(data: Any) -> None:
     async def attempt(call: Call) -> Reply:
         async def batches() -> AsyncIterator[Batch]:

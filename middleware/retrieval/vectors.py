@@ -4,24 +4,21 @@ Strategy: an attempt at the target is made past all middleware (`Surroundings.at
 text was embedded as is kept in the store by the text's digest, so that a file that is uploaded again, or indexed again after a
 crash, is not paid for twice; questions are not kept. Indexing asks patiently, with growing pauses; a question is asked for once.
 The one rule: vectors that are compared with each other have one length. What breaks it is asked for anew, or refused.
-
-Shape: https://platform.openai.com/docs/api-reference/embeddings
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 import time
-from array import array
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
 import structlog
 
+from middleware.retrieval.embedded import read, tokens
 from proxy.call import Call, Limits, Route, Target
 from proxy.errors import GatewayError, Outcome, Unconfigured
 from proxy.pipeline import Handler
@@ -57,6 +54,7 @@ class Vectors:
         self._sleep = sleep
         self._target: Target | None = None
         self._attempt: Handler | None = None
+        self._base64 = True
 
     def attach(self, route: Callable[[str], Route], attempt: Handler) -> None:
         """Find the target. Raises Refused where there is none."""
@@ -94,13 +92,15 @@ class Vectors:
                 await self._sleep(pause)
         raise AssertionError("the last try raises")
 
-    async def _ask(self, texts: list[str], seconds: float) -> list[Vector]:
-        self.counts["requests"] += 1
+    async def _ask(self, texts: list[str], seconds: float) -> Sequence[Vector]:
         try:
             async with asyncio.timeout(seconds):
-                return self._read(await self._reply(texts), len(texts))
-        except NoVectors as error:
-            fault = error
+                found = await self._in_some_spelling(texts)
+            vectors = read(found, len(texts))
+            self.counts["tokens"] += tokens(found)
+            return vectors
+        except ValueError as error:
+            fault = NoVectors(str(error), again=False)
         except TimeoutError:
             fault = NoVectors(f"no embeddings within {seconds:g} s", again=True)
         except GatewayError as error:
@@ -110,8 +110,23 @@ class Vectors:
         log.warning("embeddings failed", target=self.name, error=str(fault))
         raise fault
 
+    async def _in_some_spelling(self, texts: list[str]) -> Json:
+        """base64, until the target has refused it."""
+        try:
+            return await self._reply(texts)
+        except GatewayError as error:
+            if not self._base64 or error.status not in (400, 422) or error.outcome is not Outcome.UPSTREAM_ERROR:
+                raise
+        self._base64 = False
+        try:
+            return await self._reply(texts)
+        except GatewayError:
+            self._base64 = True  # it was not that
+            raise
+
     async def _reply(self, texts: list[str]) -> Json:
         assert self._attempt is not None
+        self.counts["requests"] += 1
         reply = await self._attempt(self._call(texts))
         try:
             found: Json = (await anext(aiter(reply.chunks))).chunks[0]
@@ -127,7 +142,7 @@ class Vectors:
             nonce=unique,
             created=int(time.time()),
             kind="embeddings",
-            request={"model": target.model, "input": texts},
+            request={"model": target.model, "input": texts, **({"encoding_format": "base64"} if self._base64 else {})},
             model=target.name,
             stream=False,
             route=Route(None, (target,)),
@@ -135,24 +150,3 @@ class Vectors:
             target=target,
             limits=Limits(connect=CONNECT_SECONDS),
         )
-
-    def _read(self, found: Json, count: int) -> list[Vector]:
-        """The vectors of a reply, in the order of their texts."""
-        try:
-            entries = sorted(found["data"], key=lambda entry: entry["index"])
-            vectors = [_checked(entry["embedding"]) for entry in entries]
-        except (KeyError, TypeError, ValueError):
-            raise NoVectors("the reply has no list of vectors", again=False) from None
-        if len(vectors) != count or len({len(vector) for vector in vectors}) != 1:
-            raise NoVectors("the reply has not one vector of one length for each text", again=False)
-        used = (found.get("usage") or {}).get("prompt_tokens")
-        self.counts["tokens"] += used if isinstance(used, int) else 0
-        return vectors
-
-
-def _checked(numbers: Iterable[Any]) -> Vector:
-    """Raises TypeError or ValueError where it is no list of finite numbers. An array is a third of a list's memory, and time."""
-    vector = array("f", numbers)
-    if not vector or not math.isfinite(sum(vector)):
-        raise ValueError
-    return vector
