@@ -71,17 +71,21 @@ class Indexer:
 
     async def run(self, library: Callable[[], Library]) -> None:
         """For ever, until cancelled. A file that is being indexed then can be claimed at once."""
+        down = False
         while True:
             self._bell.clear()
             try:
                 job = await library().claim(self._worker, self._lease, self._clock())
                 self.waiting = await library().waiting()
+                down = False
                 if job is not None:
                     await self._index(library(), job)
                 else:
                     await self._rest()
             except StoreUnavailable as error:
-                log.warning("indexing waits for the store", error=str(error))
+                if not down:
+                    log.warning("indexing waits for the store", error=str(error))
+                down = True
                 await self._sleep(STORE_PAUSE)
             except Exception:
                 log.exception("indexing failed")

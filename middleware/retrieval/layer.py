@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
-import structlog
-
 from middleware.retrieval.asked import MOST_PASSAGES, MOST_QUERY, Asked, Wanted, asked_of
 from middleware.retrieval.indexing import Indexer
 from middleware.retrieval.insertion import question_of, with_context
@@ -50,8 +48,6 @@ EMBEDDINGS = {
     "tokens": "Tokens that were embedded, as far as the target tells.",
 }
 RESULTS = ("found", "empty", "unavailable")
-
-log: Any = structlog.get_logger("penstock")
 
 
 class Retrieval:
@@ -97,6 +93,7 @@ class Retrieval:
         self._search = Search(self._vectors, question_timeout)
         self._indexer = Indexer(self._passages, self._vectors, lease, self._counts, clock=_clock, sleep=_sleep)
         self._store: Store | None = None
+        self._workers = 1
         self._task: asyncio.Task[None] | None = None
         look = Look(self._library, self._search, self._default)
         files = Files(self._library, Bounds(max_file_bytes, max_files, max_bytes), self._uploaded, _clock)
@@ -107,7 +104,7 @@ class Retrieval:
     def attach(self, surroundings: Surroundings) -> None:
         if surroundings.store is None or surroundings.attempt is None:
             raise ValueError("retrieval needs a store")
-        self._store = surroundings.store
+        self._store, self._workers = surroundings.store, surroundings.workers
         if self._vectors is not None:
             self._vectors.attach(surroundings.route, surroundings.attempt)
 
@@ -149,9 +146,8 @@ class Retrieval:
             return await next(call)
         try:
             found = await self._found(call, asked)
-        except StoreUnavailable as error:
+        except StoreUnavailable:
             self._counts["unavailable"] += 1
-            log.warning("retrieval goes without the store", id=call.id, error=str(error))
             if self._refuses:
                 raise unavailable() from None
             return _headed(await next(call), "unavailable")
@@ -202,8 +198,9 @@ class Retrieval:
             yield Sample(f"penstock_retrieval_embedding_{name}_total", "counter", words, counts[name])
         words = "Files that are being indexed now: one at a time."
         yield Sample("penstock_retrieval_indexing", "gauge", words, self._indexer.job is not None)
-        words = "Files that wait for indexing, of all workers, as this one saw it when it last took a file."
-        yield Sample("penstock_retrieval_waiting", "gauge", words, self._indexer.waiting)
+        words = "Files that wait for indexing, as of when one was last looked for."
+        # All workers see the same files, and what they tell is added up.
+        yield Sample("penstock_retrieval_waiting", "gauge", words, self._indexer.waiting / self._workers)
 
 
 def _headed(reply: Reply, word: str) -> Reply:
