@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from proxy import __version__
 from proxy.config import Config, ConfigError, json_schema, parse
@@ -90,7 +91,16 @@ def summary(config: Config) -> list[str]:
         f"default provider: {config.default_provider or 'none'}",
         *(f"route {name}: {_listed([str(target) for target in route.targets])}" for name, route in config.routes.items()),
         f"middleware: {_listed([spec.name for spec in config.middleware])}",
+        *([f"store: {_store(config)}"] if config.needs_store else []),
     ]
+
+
+def _store(config: Config) -> str:
+    """Where it lies, without who may open it."""
+    if config.store.url is None:
+        return f"SQLite in {config.data_dir}"
+    parts = urlsplit(config.store.url.get_secret_value())
+    return f"PostgreSQL at {parts.netloc.rpartition('@')[2] or 'the usual socket'}{parts.path}"
 
 
 def known_middleware() -> Mapping[str, Callable[..., Any]]:

@@ -74,14 +74,21 @@ def comments(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """The URL of a real PostgreSQL with pgvector."""
+def postgres_server() -> Iterator[Any]:
+    """A real PostgreSQL with pgvector; a test that stops it starts it again."""
     with contextlib.ExitStack() as stack:
         try:
             running = stack.enter_context(server())
         except Exception as error:
             pytest.skip(f"no PostgreSQL could be started here ({type(error).__name__}: {error})")
-        yield running.get_uri()
+        yield running
+
+
+@pytest.fixture
+def postgres(postgres_server: Any) -> str:
+    """Its URL."""
+    uri: str = postgres_server.get_uri()
+    return uri
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_overrides_are_checked_like_the_file(capsys: pytest.CaptureFixture[str],
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["schema"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found["properties"]) == {"server", "default_provider", "providers", "models", "middleware"}
+    assert set(found["properties"]) == {"server", "default_provider", "providers", "models", "data_dir", "store", "middleware"}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from proxy.__main__ import summary
 from proxy.call import Call, altered
 from proxy.config import ConfigError, parse
 from proxy.configfile import ConfigFile
@@ -66,6 +67,35 @@ async def test_nothing_is_made_where_no_middleware_wants_a_store(tmp_path: Path)
     async with gateway(config=CONFIG, table=TABLE, folder=str(tmp_path / "data"), middleware="other"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+PROGRAM = """
+import asyncio, sys
+from proxy.app import Gateway
+from proxy.config import parse
+
+class Own:
+    NEEDS_STORE = sys.argv[1] == "keeping"
+    async def __call__(self, call, next): ...
+
+async def main():
+    async with Gateway(parse(sys.argv[2], {}, {"own": Own})):
+        pass
+
+asyncio.run(main())
+wanted = {"sqlite3", "asyncpg", "numpy", "proxy.store.sqlite", "proxy.store.postgres", "proxy.store.guard"}
+print(*(wanted & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "loaded"), [("other", set()), ("keeping", {"sqlite3", "proxy.store.sqlite", "proxy.store.guard"})]
+)
+def test_what_nobody_uses_is_not_loaded(tmp_path: Path, kind: str, loaded: set[str]) -> None:
+    """numpy only for a search by vectors, asyncpg only for PostgreSQL."""
+    command = [sys.executable, "-c", PROGRAM, kind, CONFIG.format(folder=tmp_path, middleware="own")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=Path(__file__).parent.parent, check=True)
+    assert set(done.stdout.split()) == loaded
 
 
 async def test_a_middleware_has_the_store_from_before_its_start_to_behind_its_end(tmp_path: Path) -> None:
@@ -243,6 +273,21 @@ def test_what_is_wrong_with_it_is_said_by_its_path_and_without_the_password(text
         parse(text, {})
     assert refused.value.faults[0].startswith(f"{fault}")
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("", ["store: SQLite in one"]),
+        ("store: postgresql://u:hunter2@db:5432/penstock", ["store: PostgreSQL at db:5432/penstock"]),
+        ("store: 'postgresql:///penstock?host=/run/x&password=hunter2'", ["store: PostgreSQL at the usual socket/penstock"]),
+    ],
+)
+def test_check_says_where_it_lies_and_not_who_may_open_it(written: str, said: list[str]) -> None:
+    config = parse(CONFIG.format(folder="one", middleware="keeping") + written, {}, TABLE)
+    assert [line for line in summary(config) if line.startswith("store")] == said
+    config = parse(CONFIG.format(folder="one", middleware="other") + written, {}, TABLE)
+    assert [line for line in summary(config) if line.startswith("store")] == []
 
 
 def test_postgres_without_its_driver_is_a_fault_that_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

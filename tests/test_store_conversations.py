@@ -37,6 +37,9 @@ async def test_the_newest_turns_come_and_the_oldest_of_them_first(store: Store) 
     await told(store, "o", "s", 5)
     assert [found.number for found in await store.conversations.turns("o", "s", 3)] == [3, 4, 5]
     assert [found.number for found in await store.conversations.turns("o", "s", 100)] == [1, 2, 3, 4, 5]
+    assert [found.number for found in await store.conversations.turns("o", "s", 2, 4)] == [2, 3]
+    assert [found.number for found in await store.conversations.turns("o", "s", 9, 2**53)] == [1, 2, 3, 4, 5]
+    assert await store.conversations.turns("o", "s", 9, 1) == []
     assert await store.conversations.turns("o", "s", 0) == []
     assert await store.conversations.turns("o", "none", 10) == []
 

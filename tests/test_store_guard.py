@@ -263,7 +263,7 @@ async def test_each_method_passes_its_arguments_on_through_its_parts_guard(part:
     assert home.seen == [(name, args)]
     expected = "search" if name.startswith("search") else part
     waits = {one.name: one.waits for one in parts if one.waits}
-    looks = {"turns", "session", "sessions", "file", "files", "held", "search_text", "search_vectors", "vectors"}
+    looks = {"turns", "session", "sessions", "file", "files", "held", "waiting", "search_text", "search_vectors", "vectors"}
     assert waits == {expected: {name: 0.5 if name in looks else 10.0}}
 
 

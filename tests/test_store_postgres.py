@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
 import pytest
 
 from proxy.store import StoreUnavailable, Turn, UnusableStore, Where, postgres
+from proxy.store.guard import FAILURES, Guard
 from proxy.store.migrations import known
 from proxy.store.postgres import database as module
 from proxy.store.postgres.database import Database
 from tests.support.gateway import until
-from tests.support.postgres import server
 from tests.test_store_library import found, indexed
 
 STEPS = known("proxy.store.postgres")
@@ -108,20 +108,14 @@ class Pauses:
         self.over.clear()
 
 
-@pytest.fixture(scope="module")
-def own() -> Iterator[Any]:
-    """A server that a test may stop."""
-    with server() as found:
-        yield found
-
-
-async def test_without_a_server_it_says_so_once_goes_on_trying_and_serves_when_there_is_one(own: Any) -> None:
+async def test_without_a_server_it_says_so_once_goes_on_trying_and_serves_when_there_is_one(
+    postgres_server: Any, database: str
+) -> None:
     pauses, told = Pauses(), list[str | None]()
-    url = own.get_uri()
-    own.stop()
-    database = Database(url, 3, 10.0, told.append, pauses)
-    await database.open()
-    opened = postgres.PostgresHome(database)
+    postgres_server.stop()
+    connections = Database(database, 3, 10.0, told.append, pauses)
+    await connections.open()
+    opened = postgres.PostgresHome(connections)
     assert opened.trouble is not None
     with pytest.raises(StoreUnavailable, match="postgres: "):
         await opened.store.conversations.session("o", "s")
@@ -130,7 +124,7 @@ async def test_without_a_server_it_says_so_once_goes_on_trying_and_serves_when_t
         await until(lambda count=count: len(pauses.asked) == count)
     assert pauses.asked == [1.0, 2.0, 4.0, 8.0, 15.0, 15.0]
     assert len(told) == 1
-    own.ensure_postgres_running()
+    postgres_server.ensure_postgres_running()
     pauses.over.set()
     await until(lambda: opened.trouble is None, 10.0)
     assert told[1:] == [None]
@@ -138,52 +132,63 @@ async def test_without_a_server_it_says_so_once_goes_on_trying_and_serves_when_t
     await opened.close()
 
 
-async def test_a_server_that_restarts_beneath_us_is_found_again(own: Any) -> None:
-    async with home(own.get_uri()) as opened:
+async def test_a_server_that_restarts_beneath_us_is_found_again(postgres_server: Any, database: str) -> None:
+    async with home(database) as opened:
         conversations = opened.store.conversations
-        assert await conversations.append("p", "s", Turn([], 1, 1.0, "before")) == 1
-        own.stop()
+        assert await conversations.append("o", "s", Turn([], 1, 1.0, "before")) == 1
+        postgres_server.stop()
         with pytest.raises(StoreUnavailable):
-            await conversations.append("p", "s", Turn([], 1, 1.0, "meanwhile"))
-        own.ensure_postgres_running()
-        assert await conversations.append("p", "s", Turn([], 1, 1.0, "after")) == 2
-        assert [turn.request for turn in await conversations.turns("p", "s", 10)] == ["before", "after"]
+            await conversations.append("o", "s", Turn([], 1, 1.0, "meanwhile"))
+        postgres_server.ensure_postgres_running()
+        assert await conversations.append("o", "s", Turn([], 1, 1.0, "after")) == 2
+        assert [turn.request for turn in await conversations.turns("o", "s", 10)] == ["before", "after"]
+
+
+async def half(connection: Any) -> None:
+    """What a transaction does that never comes to its end."""
+    await connection.execute("INSERT INTO penstock_embeddings (model, digest, vector) VALUES ('m', 'd', '')")
+    await connection.execute("SELECT pg_sleep(60)")
+
+
+async def in_the_middle(db: Any) -> int:
+    """Wait until the server is there; the process that is at it."""
+    text = "SELECT pid FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)' AND state = 'active'"
+    while (found := await db.fetchval(text)) is None:  # noqa: ASYNC110 - nobody announces it
+        await asyncio.sleep(0.002)
+    return int(found)
 
 
 async def test_connections_that_the_server_ends_are_made_anew_and_what_they_did_is_undone(database: str) -> None:
     async with home(database) as opened, connected(database) as db:
-        held = asyncio.Event()
-
-        async def half(connection: Any) -> None:
-            await connection.execute("INSERT INTO penstock_embeddings (model, digest, vector) VALUES ('m', 'd', '')")
-            held.set()
-            await connection.execute("SELECT pg_sleep(60)")
-
         saving = asyncio.create_task(opened._database.transaction(half))
-        await held.wait()
-        backends = "SELECT pid FROM pg_stat_activity WHERE application_name = 'penstock' AND query LIKE '%pg_sleep(60)'"
-        await db.execute(f"SELECT pg_terminate_backend(pid) FROM ({backends}) AS found")
+        await db.execute("SELECT pg_terminate_backend($1)", await in_the_middle(db))
         with pytest.raises(StoreUnavailable):
             await saving
         assert await opened.store.library.vectors("m", ["d"]) == {}
 
 
 async def test_a_caller_that_goes_in_the_middle_of_a_transaction_undoes_it_and_gives_its_connection_back(database: str) -> None:
-    async with home(database) as opened:
+    async with home(database) as opened, connected(database) as db:
         for _ in range(5):
-            held = asyncio.Event()
-
-            async def half(connection: Any, held: asyncio.Event = held) -> None:
-                await connection.execute("INSERT INTO penstock_embeddings (model, digest, vector) VALUES ('m', 'd', '')")
-                held.set()
-                await connection.execute("SELECT pg_sleep(60)")
-
             saving = asyncio.create_task(opened._database.transaction(half))
-            await held.wait()
+            await in_the_middle(db)
             saving.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await saving
         assert await opened.store.library.vectors("m", ["d"]) == {}
+
+
+async def test_a_table_that_somebody_holds_costs_its_callers_their_patience_and_no_connection(database: str) -> None:
+    async with home(database) as opened, connected(database) as db:
+        guard = Guard("conversations", lambda name, why: None)
+        await opened.store.conversations.append("o", "s", Turn([], 1, 1.0, "r"))
+        async with db.transaction():
+            await db.execute("LOCK TABLE penstock_sessions")
+            for _ in range(FAILURES):
+                with pytest.raises(StoreUnavailable, match="session took longer than"):
+                    await guard.call(0.02, opened.store.conversations.session, "o", "s")
+        await guard.close()
+        assert await opened.store.conversations.session("o", "s") is not None
 
 
 # What is said
@@ -193,6 +198,8 @@ async def test_the_password_is_never_said() -> None:
     database = Database(NOWHERE.replace("hunter2", "hunter%32%2F"), 3, 10.0, quiet, Pauses())
     for text in ("no entry for hunter2/ here", "dsn postgresql://penstock:hunter%32%2F@127.0.0.1"):
         assert "hunter" not in database._said(OSError(text))
+    other = Database("postgresql://h/d?password=hunter2", 3, 10.0, quiet)
+    assert other._said(OSError("not hunter2")) == "not ***"
     await database.open()
     assert database.trouble is not None
     assert "hunter" not in database.trouble

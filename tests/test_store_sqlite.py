@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from proxy.store import StoreUnavailable, Turn, UnusableStore, Where, sqlite
+from proxy.store.guard import Guard
 from proxy.store.migrations import known, pending
 from proxy.store.sqlite import database
 from proxy.store.sqlite.database import connection, migrate, statements
@@ -86,6 +90,12 @@ async def test_a_step_that_fails_changes_nothing(tmp_path: Path, monkeypatch: py
     assert form(tmp_path / "penstock.db") == []
 
 
+async def test_a_python_whose_sqlite_is_too_old_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+    with pytest.raises(UnusableStore, match=r"SQLite 3\.35 or later is needed"):
+        await sqlite.opened(tmp_path)
+
+
 async def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "penstock.db").write_bytes(b"Dear diary, " * 100)
     with pytest.raises(UnusableStore, match="penstock.db: sqlite: file is not a database"):  # noqa: RUF043
@@ -132,6 +142,21 @@ async def test_a_file_that_another_holds_for_too_long_is_unavailable_and_then_se
     holder.execute("ROLLBACK")
     holder.close()
     assert await home.store.conversations.append("o", "s", Turn([], 1, 1.0, "r")) == 1
+    await home.close()
+
+
+async def test_a_save_whose_caller_lost_patience_may_be_repeated_and_is_kept_once(tmp_path: Path) -> None:
+    home = await sqlite.opened(tmp_path)
+    guard = Guard("conversations", lambda name, why: None)
+    holder = connection(tmp_path / "penstock.db")
+    holder.execute("BEGIN IMMEDIATE")
+    turn = Turn([], 1, 1.0, "r")
+    with pytest.raises(StoreUnavailable, match="append took longer than"):
+        await guard.call(0.02, home.store.conversations.append, "o", "s", turn)
+    holder.execute("ROLLBACK")
+    holder.close()
+    assert await guard.call(10.0, home.store.conversations.append, "o", "s", turn) == 1
+    assert len(await home.store.conversations.turns("o", "s", 10)) == 1
     await home.close()
 
 
@@ -189,6 +214,23 @@ async def test_the_full_text_index_stays_true_to_the_passages(tmp_path: Path) ->
     assert db.execute("SELECT count(*) FROM passages_text WHERE passages_text MATCH 'text'").fetchone() == (4,)
     assert db.execute("PRAGMA foreign_key_check").fetchall() == []
     db.close()
+
+
+async def test_the_backup_of_the_docs_is_whole_while_the_store_is_in_use(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "store.md").read_text()
+    (command,) = re.findall(r"```sh\n(python3 .*?)```", text, re.DOTALL)
+    home = await sqlite.opened(tmp_path / "data")
+    await home.store.conversations.append("o", "s", Turn([], 1, 1.0, "r"))
+    await indexed(home.store, "o", "a", "some text")
+    words = ["bash", "-c", command.replace("python3", sys.executable)]
+    await asyncio.to_thread(subprocess.run, words, cwd=tmp_path, check=True)
+    await home.close()
+    (tmp_path / "restored").mkdir()
+    (tmp_path / "backup.db").rename(tmp_path / "restored" / "penstock.db")
+    home = await sqlite.opened(tmp_path / "restored")
+    assert len(await home.store.conversations.turns("o", "s", 10)) == 1
+    assert await found(home.store, "o") == ["some text"]
+    await home.close()
 
 
 async def test_migrating_twice_in_one_process_is_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Strategy: records and the two protocols are here; `sqlite` keeps them in a file under `data_dir`, `postgres` in a database that
 several machines share, and `guard` bounds how long anybody waits for either. Who owns a record is one opaque text (`owner`), made
 by the middleware from the caller's key and identity; every look-up takes it, so that one tenant cannot name another's record.
+Owners, ids and names of collections are any text of up to 200 characters; whoever takes them from a client sees to that.
 The one rule: a method that changes something has done all of it when it returns, or nothing if it raises or the process dies.
 """
 
@@ -65,8 +66,9 @@ class Conversations(Protocol):
         """Add a turn behind all others, whoever else appends at the same time; returns its number."""
         ...
 
-    async def turns(self, owner: str, session: str, most: int) -> Sequence[Turn]:
-        """The newest `most` turns, the oldest of them first; none where there is no such session."""
+    async def turns(self, owner: str, session: str, most: int, before: int = 0) -> Sequence[Turn]:
+        """The newest `most` turns, the oldest of them first; with `before`, those whose number is smaller. None where there is
+        no such session."""
         ...
 
     async def session(self, owner: str, session: str) -> Session | None: ...
@@ -121,7 +123,8 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A passage that was found. score: the larger the better; of full text in the engine's own unit, of vectors the cosine."""
+    """A passage that was found, without its vector. score: the larger the better; of full text in the engine's own unit, of
+    vectors the cosine."""
 
     file: str
     name: str

@@ -45,8 +45,8 @@ class GuardedConversations:
     async def append(self, owner: str, session: str, turn: Turn) -> int:
         return await self._call(self._long, self._home.append, owner, session, turn)
 
-    async def turns(self, owner: str, session: str, most: int) -> Sequence[Turn]:
-        return await self._call(self._short, self._home.turns, owner, session, most)
+    async def turns(self, owner: str, session: str, most: int, before: int = 0) -> Sequence[Turn]:
+        return await self._call(self._short, self._home.turns, owner, session, most, before)
 
     async def session(self, owner: str, session: str) -> Session | None:
         return await self._call(self._short, self._home.session, owner, session)

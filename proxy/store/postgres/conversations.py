@@ -20,6 +20,7 @@ from proxy.store.wording import key, shown, unkey
 
 Row = Sequence[Any]
 PIECE = 200  # sessions that retention takes at a time
+ALL = 2**62  # beyond every turn's number
 
 SESSION = "id, created, updated, turns, tokens"
 APPEND = """WITH session AS (
@@ -33,7 +34,7 @@ NUMBER = """SELECT number FROM penstock_turns AS t JOIN penstock_sessions AS s O
     WHERE s.owner = $1 AND s.id = $2 AND t.request = $3"""
 TURNS = """SELECT number, messages, t.tokens, t.created, request, model, partial
     FROM penstock_sessions AS s JOIN penstock_turns AS t ON t.session = s.key
-    WHERE s.owner = $1 AND s.id = $2 ORDER BY number DESC LIMIT $3"""
+    WHERE s.owner = $1 AND s.id = $2 AND number < $4::bigint ORDER BY number DESC LIMIT $3"""
 ONE = f"SELECT {SESSION} FROM penstock_sessions WHERE owner = $1 AND id = $2"
 LIST = f"""SELECT {SESSION} FROM penstock_sessions WHERE owner = $1 AND (
         $2::text IS NULL OR (updated, key) < (SELECT updated, key FROM penstock_sessions WHERE owner = $1 AND id = $2)
@@ -68,8 +69,8 @@ class PostgresConversations:
     async def append(self, owner: str, session: str, turn: Turn) -> int:
         return await self._database.run(lambda db: _append(db, key(owner), key(session), turn))
 
-    async def turns(self, owner: str, session: str, most: int) -> Sequence[Turn]:
-        rows = await self._database.run(lambda db: db.fetch(TURNS, key(owner), key(session), max(most, 0)))
+    async def turns(self, owner: str, session: str, most: int, before: int = 0) -> Sequence[Turn]:
+        rows = await self._database.run(lambda db: db.fetch(TURNS, key(owner), key(session), max(most, 0), before or ALL))
         return [_turn(row) for row in reversed(rows)]
 
     async def session(self, owner: str, session: str) -> Session | None:

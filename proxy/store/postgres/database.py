@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import asyncpg
 
@@ -141,8 +141,9 @@ class Database:
 
     def _said(self, error: BaseException) -> str:
         text = f"{error}" or type(error).__name__
-        password = urlsplit(self._url).password
-        for secret in {password, unquote(password)} if password else ():
+        parts = urlsplit(self._url)
+        passwords = {parts.password or "", unquote(parts.password or ""), *parse_qs(parts.query).get("password", ())}
+        for secret in passwords - {""}:
             text = text.replace(secret, "***")
         return text
 

@@ -16,7 +16,7 @@ from proxy.store import File, Hit, Job, Passage, Vector, Where
 from proxy.store.postgres import search
 from proxy.store.postgres.database import Connection, Database
 from proxy.store.vectors import packed, unpacked
-from proxy.store.wording import key, shown, unkey
+from proxy.store.wording import key, scope, shown, unkey
 
 Row = Sequence[Any]
 MOST_EMBEDDINGS = 50_000  # that were made before
@@ -37,9 +37,9 @@ CLAIM = f"""UPDATE penstock_files SET status = 'processing', worker = $1, heard 
         SELECT key FROM penstock_files WHERE status = 'uploaded' OR (status = 'processing' AND heard < $2 - $3::float8)
         ORDER BY key LIMIT 1 FOR UPDATE SKIP LOCKED
     ) RETURNING key, owner, {FILE}"""
-MINE = "SELECT key FROM penstock_files WHERE id = $1 AND worker = $2 AND status = 'processing' FOR UPDATE"
-PUT = """INSERT INTO penstock_passages (file, number, text, heading, page, dimensions, vector) VALUES ($1, $2, $3, $4, $5, $6, $7)
-    ON CONFLICT (file, number) DO NOTHING"""
+MINE = "SELECT key, owner FROM penstock_files WHERE id = $1 AND worker = $2 AND status = 'processing' FOR UPDATE"
+PUT = """INSERT INTO penstock_passages (file, scope, number, text, heading, page, dimensions, vector)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (file, number) DO NOTHING"""
 KEPT = """UPDATE penstock_files SET progress = $2, heard = $3,
     passages = (SELECT count(*) FROM penstock_passages WHERE file = $1) WHERE key = $1"""
 PROCESSED = "UPDATE penstock_files SET status = 'processed', progress = 1, worker = NULL WHERE key = $1"
@@ -136,10 +136,11 @@ async def _claim(db: Connection, worker: str, lease: float, now: float) -> Job |
 
 
 async def _keep(db: Connection, who: tuple[str, str], passages: Sequence[Passage], progress: float, now: float) -> bool:
-    file = await db.fetchval(MINE, *who)
-    if file is None:
+    mine = await db.fetchrow(MINE, *who)
+    if mine is None:
         return False
-    await db.executemany(PUT, [(file, *_row(passage)) for passage in passages])
+    file, owner = mine
+    await db.executemany(PUT, [(file, scope(owner), *_row(passage)) for passage in passages])
     await db.execute(KEPT, file, progress, now)
     return True
 

@@ -19,6 +19,7 @@ from proxy.store.wording import key, shown, unkey
 
 Row = tuple[Any, ...]
 PIECE = 200  # sessions that retention looks at in one transaction
+ALL = 2**62  # beyond every turn's number
 
 SESSION = "id, created, updated, turns, tokens"
 # What stands behind a row in a list, newest first, where none, or one that is there, is named.
@@ -37,11 +38,12 @@ class SqliteConversations:
     async def append(self, owner: str, session: str, turn: Turn) -> int:
         return await self._database.write(lambda db: _append(db, key(owner), key(session), turn))
 
-    async def turns(self, owner: str, session: str, most: int) -> Sequence[Turn]:
+    async def turns(self, owner: str, session: str, most: int, before: int = 0) -> Sequence[Turn]:
         text = """SELECT t.number, t.messages, t.tokens, t.created, t.request, t.model, t.partial
             FROM sessions AS s JOIN turns AS t ON t.session = s.key
-            WHERE s.owner = ? AND s.id = ? ORDER BY t.number DESC LIMIT ?"""
-        rows = await self._database.read(lambda db: db.execute(text, (key(owner), key(session), max(most, 0))).fetchall())
+            WHERE s.owner = ? AND s.id = ? AND t.number < ? ORDER BY t.number DESC LIMIT ?"""
+        named = key(owner), key(session), before or ALL, max(most, 0)
+        rows = await self._database.read(lambda db: db.execute(text, named).fetchall())
         return [_turn(row) for row in reversed(rows)]
 
     async def session(self, owner: str, session: str) -> Session | None:

@@ -21,6 +21,7 @@ from proxy.store.migrations import known, pending
 from proxy.store.sqlite.lane import Lane, T, Work
 
 PACKAGE = "proxy.store.sqlite"
+OLDEST = (3, 35)  # the first with RETURNING
 BUSY_SECONDS = 5.0  # for another process's write
 APPLIED = "CREATE TABLE IF NOT EXISTS migrations (number INTEGER PRIMARY KEY, name TEXT NOT NULL, at REAL NOT NULL)"
 
@@ -36,6 +37,10 @@ class Database:
     @classmethod
     async def opened(cls, path: Path) -> Database:
         """Raises UnusableStore where there can be no such file, or it is a newer program's."""
+        if sqlite3.sqlite_version_info < OLDEST:
+            raise UnusableStore(
+                f"SQLite {OLDEST[0]}.{OLDEST[1]} or later is needed, and this Python has {sqlite3.sqlite_version}"
+            )
         first = Lane("store-open", lambda: _prepared(path))
         try:
             await first.do(migrate)

@@ -17,7 +17,7 @@ from proxy.store import File, Hit, Job, Passage, Vector, Where
 from proxy.store.sqlite import search
 from proxy.store.sqlite.database import Database
 from proxy.store.vectors import packed, unpacked
-from proxy.store.wording import key, shown, unkey
+from proxy.store.wording import key, scope, shown, unkey
 
 Row = tuple[Any, ...]
 MOST_EMBEDDINGS = 50_000  # that were made before; 300 MB at 1,536 floats
@@ -26,8 +26,10 @@ FILE = "id, name, media_type, bytes, digest, created, purpose, knowledge, status
 BEHIND = "(:after IS NULL OR (created, key) < (SELECT created, key FROM files WHERE owner = :owner AND id = :after))"
 ADD = f"""INSERT INTO files (owner, {FILE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (owner, knowledge, digest) DO NOTHING RETURNING key"""
+# Those that wait in the words of their index, without which SQLite would not use it and look at every file there is.
+UNSETTLED = "status IN ('uploaded', 'processing')"
 CLAIM = f"""UPDATE files SET status = 'processing', worker = :worker, heard = :now WHERE key = (
-        SELECT key FROM files WHERE status = 'uploaded' OR (status = 'processing' AND heard < :now - :lease) ORDER BY key LIMIT 1
+        SELECT key FROM files WHERE {UNSETTLED} AND (status = 'uploaded' OR heard < :now - :lease) ORDER BY key LIMIT 1
     ) RETURNING key, owner, {FILE}"""
 MINE = "SELECT key, owner FROM files WHERE id = ? AND worker = ? AND status = 'processing'"
 
@@ -69,8 +71,7 @@ class SqliteLibrary:
         return count, total
 
     async def waiting(self) -> int:
-        # With the index's own words, or it is not used.
-        text = "SELECT count(*) FROM files WHERE status IN ('uploaded', 'processing') AND status = 'uploaded'"
+        text = f"SELECT count(*) FROM files WHERE {UNSETTLED} AND status = 'uploaded'"
         count: int = (await self._database.read(lambda db: db.execute(text).fetchone()))[0]
         return count
 
@@ -135,17 +136,17 @@ def _keep(
     if mine is None:
         return False
     file, owner = mine
-    scope = search.scope(owner)
+    mark = scope(owner)
     for passage in passages:
-        _put(db, file, scope, passage)
+        _put(db, file, mark, passage)
     text = """UPDATE files SET progress = ?, heard = ?, passages = (SELECT count(*) FROM passages WHERE file = files.key)
         WHERE key = ?"""
     db.execute(text, (progress, now, file))
     return True
 
 
-def _put(db: sqlite3.Connection, file: int, scope: str, passage: Passage) -> None:
-    row = (file, passage.number, shown(passage.text), shown(passage.heading), passage.page, scope)
+def _put(db: sqlite3.Connection, file: int, mark: str, passage: Passage) -> None:
+    row = (file, passage.number, shown(passage.text), shown(passage.heading), passage.page, mark)
     text = """INSERT INTO passages (file, number, text, heading, page, scope) VALUES (?, ?, ?, ?, ?, ?)
         ON CONFLICT (file, number) DO NOTHING RETURNING key"""
     added = db.execute(text, row).fetchone()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from hashlib import sha256
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,7 +17,7 @@ import orjson
 
 from proxy.store import Hit, Passage, Vector, Where
 from proxy.store.vectors import packed
-from proxy.store.wording import key, unkey, words
+from proxy.store.wording import key, scope, unkey, words
 
 Row = tuple[Any, ...]
 
@@ -60,11 +59,6 @@ def by_vector(db: sqlite3.Connection, owner: str, vector: Vector, most: int, whe
 
 def has_numpy() -> bool:
     return find_spec("numpy") is not None
-
-
-def scope(owner: str) -> str:
-    """A word that stands for this owner. Another owner of the same word would cost time and give nothing away."""
-    return "o" + sha256(owner.encode()).hexdigest()[:16]
 
 
 def _files(owner: str, where: Where) -> dict[str, Any]:

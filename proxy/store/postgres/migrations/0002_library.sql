@@ -27,6 +27,7 @@ CREATE TABLE penstock_contents (
 );
 ALTER TABLE penstock_contents ALTER COLUMN content SET STORAGE EXTERNAL;
 
+-- `scope` is a word that only this owner's passages have, so that the index itself leaves all others out.
 -- A vector is a plain array, cast where it is searched: so the tables need no extension, and what was kept without it is found
 -- once it is there. `dimensions` is 0 where there is no vector, or none that has a direction.
 CREATE TABLE penstock_passages (
@@ -36,10 +37,12 @@ CREATE TABLE penstock_passages (
     text text NOT NULL,
     heading text NOT NULL,
     page bigint,
+    scope text NOT NULL,
     dimensions integer NOT NULL,
     vector real[],
     words tsvector NOT NULL GENERATED ALWAYS AS (
         setweight(to_tsvector('english'::regconfig, text), 'A') || setweight(to_tsvector('english'::regconfig, heading), 'B')
+        || array_to_tsvector(ARRAY[scope])
     ) STORED,
     UNIQUE (file, number)
 );
