@@ -52,6 +52,8 @@ def read_or_refused(content: bytes, name: str) -> bool:
     [
         (PDF, "notes.txt", "text/plain", "pdf"),
         (b"rubbish\n" + PDF, "", "", "pdf"),
+        (b"A PDF begins with %PDF-1.4, they say.", "x.txt", "", "txt"),
+        (b"PKZIP was a program.", "x.txt", "", "txt"),
         (WORD, "report.pdf", "application/pdf", "docx"),
         (b"<!DOCTYPE html><p>x", "page.txt", "", "html"),
         (b"\xef\xbb\xbf <!-- saved --><html>", "page.pdf", "application/pdf", "html"),
@@ -189,6 +191,7 @@ def test_nothing_of_markdown_is_lost(source: str) -> None:
 
 PAGE = """<html><head><title>The title</title><meta charset="koi8-r"><style>x{}</style></head><body>
 <nav>Home | About</nav><script>var x = "no";</script><template>no</template><p hidden>no</p><!-- no -->
+<p style="color:red; DISPLAY : none">no</p>
 <h2>First &amp; last</h2><p>Привет, <b>wor</b>ld<br>again&nbsp;&eacute;</p>
 <table><caption>Sums</caption><tr><th>Name<th>Age<tr><td>Ada<td>36<tr><td>Bob<td></table>
 <ul><li>one<li>two</ul><pre>a
@@ -448,6 +451,16 @@ def test_xml_entities_are_refused_in_any_encoding(encoding: str, before: int) ->
     xml = f"<?xml version='1.0' encoding='{encoding}'?>{' ' * before}{LAUGHS}<w:document {W}><w:body/></w:document>"
     content = rezipped(WORD, {"word/document.xml": xml.encode(encoding)})
     assert refusal(content) == "The Word file declares XML entities, which no honest one does."
+
+
+def test_a_word_file_with_macros_is_refused_by_name() -> None:
+    with zipfile.ZipFile(io.BytesIO(WORD)) as archive:
+        types = archive.read("[Content_Types].xml")
+    plain = b"vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"
+    changed = types.replace(plain, b"vnd.ms-word.document.macroEnabled.main+xml")
+    assert (
+        refusal(rezipped(WORD, {"[Content_Types].xml": changed})) == "The Word file is a template or has macros; save it as docx."
+    )
 
 
 @pytest.mark.parametrize("part", [b"", b"<w:document", b"<a/>", b"\xff\xff", b"<a>" * 5000])

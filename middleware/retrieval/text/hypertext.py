@@ -31,6 +31,7 @@ _INLINE = {
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 _CELLS = ("td", "th")
 _OF_LAYOUT = ["table", *_HEADINGS, "ul", "ol", "pre"]  # no cell of data has one
+_HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
 _TITLE_LEVEL = 0  # above all headings
 
 
@@ -76,7 +77,7 @@ class _Walk:
                 self._line.append(str(child))  # not a comment, a declaration or the like
 
     def _enter(self, tag: Tag) -> None:
-        if tag.name in _UNSEEN or tag.has_attr("hidden"):
+        if _is_unseen(tag):
             return
         if tag.name in _HEADINGS:
             self._end_line()
@@ -109,6 +110,10 @@ class _Walk:
         if (text := " ".join("".join(self._line).split())) and text != "-":
             self._outline.add(text)
         self._line.clear()
+
+
+def _is_unseen(tag: Tag) -> bool:
+    return tag.name in _UNSEEN or tag.has_attr("hidden") or _HIDDEN.search(str(tag.get("style", ""))) is not None
 
 
 def _texts(tag: Tag) -> Iterator[str]:

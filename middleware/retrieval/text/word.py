@@ -44,6 +44,8 @@ def read(content: bytes, charset: str, limits: Limits) -> Document:
         levels = _levels(opened.styles)
     except MemoryError:
         raise
+    except ValueError as error:
+        raise ExtractionError("The Word file is a template or has macros; save it as docx.") from error
     except Exception as error:  # what python-docx and lxml raise on a broken part is of every kind
         raise _broken() from error
     outline = Outline(limits)
