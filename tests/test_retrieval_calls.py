@@ -167,9 +167,11 @@ async def test_a_prompt_gets_them_too(tmp_path: Path) -> None:
         assert answer.chunks[-1]["penstock"]["sources"][0]["number"] == 1
         for wrong in (["a", "b"], [1, 2]):
             refused = await ask(running.port, {**sent, "prompt": wrong}, "/v1/completions")
-            assert refused.status == 400
+            assert (refused.status, refused.json["error"]["param"]) == (400, "prompt")
         embeds = await ask(running.port, {"model": "demo/embed", "input": "x", "useRAG": True}, "/v1/embeddings")
-        assert embeds.status == 400
+        assert (embeds.status, embeds.json["error"]["param"]) == (400, "useRAG")
+        # In chat, a field of that name is not ours.
+        assert len(sources(await asked(running.port, body(useRAG=True, prompt={"id": "p"})))) == 1
 
 
 async def test_uploaded_orders_stay_in_their_frame(tmp_path: Path) -> None:

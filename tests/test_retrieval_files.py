@@ -308,6 +308,8 @@ WRONG: list[tuple[Any, str | None]] = [
     ({"query": "x", "top_k": 51}, "top_k"),
     ({"query": "x", "files": "f"}, "files"),
     ({"query": "x", "files": [1]}, "files[0]"),
+    ({"query": "x", "files": []}, "files"),
+    ({"query": "x", "knowledge": []}, "knowledge"),
     ({"query": "x", "knowledge": "a b"}, "knowledge"),
     ({"query": "x", "knowledge": ["a", "/"]}, "knowledge[1]"),
     ({"query": "x", "threshold": 1.1}, "threshold"),

@@ -205,6 +205,18 @@ async def test_it_says_what_it_is_at_and_how_many_wait(store: Store) -> None:
         assert indexer.waiting == 0
 
 
+async def test_a_mistake_of_ours_with_one_file_ends_that_file(store: Store) -> None:
+    """Rather than that it comes again with every lease."""
+
+    async def broken(call: Call) -> Reply:
+        raise ZeroDivisionError
+
+    await add(store, 1)
+    async with indexing(store, vectors=embedding(broken)):
+        found = await over(store, 1)
+    assert (found.status, found.error, found.passages) == ("error", FAILED, 0)
+
+
 async def test_a_file_that_is_deleted_meanwhile_stops_quietly(store: Store) -> None:
     """While it is read: the claim's renewal notices; the next is taken."""
     reader = Stands()

@@ -38,7 +38,7 @@ BASE = frozenset({"knowledge_id", "top_k", "threshold", "search_type", "query"})
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One search. top_k: the most passages. threshold: see `fusion`. query: None is the question itself.
+    """One search. top_k: the most passages. threshold: a cosine, see `search`. query: None is the question itself.
 
     vectors: whether there are any to be had. path: of the field that names the files, for a refusal.
     """
@@ -77,9 +77,14 @@ def narrowed(found: Json, get: Get, default: Wanted, path: str = "") -> Wanted:
     """The object `rag`, or the body of `POST /v1/search`. get: finds a field in it. path: what goes before fields' names."""
     _only(found, RAG, path)
     files, knowledge = get("files"), get("knowledge")
-    ids = tuple(entry.text() for entry in files.items()) if files is not None else ()
-    where = Where(files=ids, knowledge=tuple(_collections(knowledge)) if knowledge is not None else ())
+    ids = [entry.text() for entry in _some(files)] if files is not None else []
+    where = Where(files=tuple(ids), knowledge=tuple(_collections(knowledge)) if knowledge is not None else ())
     return replace(_details(get, default), where=where, path=f"{path}files")
+
+
+def _some(found: Field) -> Iterable[Field]:
+    """The entries of a list. An empty one is refused, for what is not named is all there is."""
+    return found.items() if found.value != [] else found.refuse("must name at least one, or be left out")
 
 
 def _base(entry: Field, default: Wanted) -> Wanted:
@@ -111,7 +116,7 @@ def _only(found: Json, known: Collection[str], path: str) -> None:
 
 def _collections(found: Field) -> Iterable[str]:
     """One name, or a list of them."""
-    return [collection(entry) for entry in found.items()] if isinstance(found.value, list) else [collection(found)]
+    return [collection(entry) for entry in _some(found)] if isinstance(found.value, list) else [collection(found)]
 
 
 def collection(found: Field) -> str:

@@ -76,11 +76,11 @@ class Indexer:
             self._bell.clear()
             try:
                 job = await library().claim(self._worker, self._lease, self._clock())
-                self.waiting = await library().waiting()
                 down = False
                 if job is not None:
                     await self._index(library(), job)
                 else:
+                    self.waiting = 0
                     await self._rest()
             except StoreUnavailable as error:
                 if not down:
@@ -100,7 +100,9 @@ class Indexer:
     async def _index(self, library: Library, job: Job) -> None:
         self.job = job
         try:
-            error = await self._kept(library, job)
+            with contextlib.suppress(StoreUnavailable):
+                self.waiting = await library.waiting()
+            error = await self._fault(library, job)
             if await library.settle(job.file.id, self._worker, error):
                 self.counts["error" if error else "processed"] += 1
         except Gone:
@@ -113,25 +115,29 @@ class Indexer:
         finally:
             self.job = None
 
-    async def _kept(self, library: Library, job: Job) -> str | None:
+    async def _fault(self, library: Library, job: Job) -> str | None:
         """Keep all passages of a file; what is wrong with it, if anything is."""
-        file = job.file
         try:
-            passages = await self._meanwhile(library, job, self._read(job.content, file.name, file.media_type))
+            await self._keep_all(library, job)
         except ExtractionError as error:
             return str(error)
         except (Gone, StoreUnavailable):
             raise
         except Exception:
-            log.exception("a file could not be indexed", file=file.id)
+            # Ours, and it would come again: the file must not be claimed for ever.
+            log.exception("a file could not be indexed", file=job.file.id)
             return FAILED
+        return None
+
+    async def _keep_all(self, library: Library, job: Job) -> None:
+        file = job.file
+        passages = await self._meanwhile(library, job, self._read(job.content, file.name, file.media_type))
         patient, size = True, self._vectors.batch if self._vectors is not None else BATCH
         for start in range(job.done, len(passages), size):
             some = passages[start : start + size]
             vectors = await self._meanwhile(library, job, self._embedded(library, some)) if patient else None
             patient = vectors is not None
             await self._keep(library, job, some, vectors, min(1.0, (start + len(some)) / len(passages)))
-        return None
 
     async def _keep(
         self, library: Library, job: Job, some: Sequence[Passage], vectors: Sequence[Vector] | None, progress: float

@@ -21,7 +21,7 @@ from middleware.retrieval.asked import MOST_PASSAGES, MOST_QUERY, Asked, Wanted,
 from middleware.retrieval.indexing import Indexer
 from middleware.retrieval.insertion import question_of, with_context
 from middleware.retrieval.look import HEADER, Look, summary
-from middleware.retrieval.refusals import unavailable
+from middleware.retrieval.refusals import bad, unavailable
 from middleware.retrieval.search import Found, Search, within
 from middleware.retrieval.sources import framed, sources
 from middleware.retrieval.telling import told
@@ -29,7 +29,6 @@ from middleware.retrieval.text import Limits, absent
 from middleware.retrieval.text.apart import passages_apart
 from middleware.retrieval.vectors import Vectors
 from proxy.call import Call, altered
-from proxy.errors import Refused
 from proxy.own_fields import OwnFields
 from proxy.pipeline import BASES, Handler, Sample, Surroundings
 from proxy.reply import Reply
@@ -136,8 +135,10 @@ class Retrieval:
         asked = asked_of(own, self._default)
         if asked is None:
             return call
-        if call.kind == "embeddings" or not isinstance(call.request.get("prompt", ""), str):
-            raise Refused("Passages can only go before a chat message, or a prompt that is one text.", code="invalid_value")
+        if call.kind == "embeddings":
+            raise bad("useRAG", "passages can only go before a question, and embeddings have none")
+        if call.kind == "completions" and not isinstance(call.request["prompt"], str):
+            raise bad("prompt", "must be one text, for passages to go before it")
         return altered(call, extensions={**call.extensions, Asked: asked})
 
     async def __call__(self, call: Call, next: Handler) -> Reply:
