@@ -28,7 +28,7 @@ from proxy.store import Hit, Passage, StoreUnavailable
 from proxy.store.sqlite.library import SqliteLibrary
 from tests.support.gateway import Answer, ask, gateway
 from tests.support.library import indexed, send
-from tests.support.upstream import Asked, Line, Upstream, stream, whole
+from tests.support.upstream import Asked, Held, Line, Upstream, stream, whole
 
 Json = dict[str, Any]
 ONE, TWO = "key-one-0123456789abcdef", "key-two-0123456789abcdef"
@@ -42,6 +42,7 @@ middleware:
   - metrics
   # auth
   - retrieval: {{{options}}}
+  # inner
   - cache
 """
 AUTH = f"- auth: {{{{keys: [{{{{name: one, key: {ONE}}}}}, {{{{name: two, key: {TWO}}}}}]}}}}"
@@ -50,8 +51,10 @@ FACT = "It is 42 metres long"
 
 
 @asynccontextmanager
-async def serving(folder: Path, options: str = "", *, url: str = "http://127.0.0.1:9", auth: str = "") -> AsyncIterator[Gateway]:
-    config = CONFIG.replace("  # auth", f"  {auth}" if auth else "")
+async def serving(
+    folder: Path, options: str = "", *, url: str = "http://127.0.0.1:9", auth: str = "", inner: str = ""
+) -> AsyncIterator[Gateway]:
+    config = CONFIG.replace("  # auth", f"  {auth}" if auth else "").replace("  # inner", f"  {inner}" if inner else "")
     demo = DemoTransport(sleep=at_once)
     async with gateway(url, config, transports={"demo": demo}, folder=str(folder), options=options) as running:
         yield running
@@ -317,6 +320,21 @@ async def test_they_come_in_whichever_form_and_again_from_the_cache(tmp_path: Pa
         assert FACT in upstream.asked[0].json["messages"][0]["content"]
         assert upstream.asked[1].json["messages"][0]["content"] == QUESTION
         assert b"sources" not in plain.body
+
+
+async def test_calls_that_share_one_flight_have_each_its_sources(tmp_path: Path) -> None:
+    held = Held(EVENTS[0], EVENTS[1])
+    async with Upstream(held) as upstream, serving(tmp_path, url=upstream.url, inner="- coalesce: {{mode: all}}") as running:
+        await indexed(running.port)
+        calls = [asyncio.create_task(asked(running.port, body(model="openai/m", useRAG=True))) for _ in range(2)]
+        async with asyncio.timeout(10):
+            while b"penstock_flights_joined_total 1.0" not in (await send(running.port, "GET", "/metrics")).body:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+        held.go.set()
+        one, other = await asyncio.gather(*calls)
+    assert len(upstream.asked) == 1
+    assert {one.headers["X-Cache"], other.headers["X-Cache"]} == {"bypass", "joined"}
+    assert sources(one) == sources(other) != []
 
 
 async def test_a_reply_that_breaks_has_its_error_and_no_sources(tmp_path: Path) -> None:
