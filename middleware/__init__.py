@@ -48,6 +48,7 @@ TABLE = Shelf(
         "memory": "middleware.memory:Memory",
         "metrics": "middleware.metrics:Metrics",
         "resume": "middleware.resume:Resume",
+        "retrieval": "middleware.retrieval.layer:Retrieval",
         "retry": "middleware.retry:Retry",
         "smooth": "middleware.smooth:Smooth",
         "timeout": "middleware.timeout:Timeout",

@@ -23,6 +23,9 @@ from proxy.transport import Transport
 Handler = Callable[[Call], Awaitable[Reply]]
 Merge = Literal["sum", "each", "one"]
 
+# Every base URL that clients of such proxies are configured with; endpoints that belong to an API of theirs stand under each.
+BASES = ("", "/v1", "/v2", "/api/v1", "/v2/proxy", "/v2/router", "/v3/router")
+
 
 class Middleware(Protocol):
     """A policy around calls. Its constructor's keywords and their annotations are its part of config.yaml's schema; constructing

@@ -25,7 +25,7 @@ from proxy.generation import Generation
 from proxy.http import Request, allow, check_json, error_response, head_headers, json_response
 from proxy.keepalive import kept_alive, told
 from proxy.open_calls import OpenCalls, in_time
-from proxy.pipeline import Answer, Endpoint, Query, Streamed, ask_one
+from proxy.pipeline import BASES, Answer, Endpoint, Query, Streamed, ask_one
 from proxy.relay import Relay
 from proxy.reply import Reply
 from proxy.sockets import Server
@@ -33,7 +33,6 @@ from proxy.sockets import Server
 log = structlog.get_logger("penstock")
 
 Json = dict[str, Any]
-BASES = ("", "/v1", "/v2", "/api/v1", "/v2/proxy", "/v2/router", "/v3/router")
 ENDPOINTS: Mapping[str, Face] = {base + path: face for base in BASES for path, face in FACES.items()}
 MODELS = tuple(base + "/models" for base in BASES)
 FACES_BY_KIND: Mapping[str, Face] = {face.KIND: face for face in FACES.values()}

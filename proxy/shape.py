@@ -35,6 +35,7 @@ from pydantic_core import CoreSchema, core_schema
 from proxy import units
 from proxy.origins import ANY
 from proxy.origins import check as check_origin
+from proxy.routing import well_formed
 from proxy.units import Between, ByteSize, Seconds
 from proxy.wording import did_you_mean
 
@@ -49,8 +50,17 @@ def _known_provider(name: str, info: ValidationInfo) -> str:
     return name
 
 
+def _known_target(name: str, info: ValidationInfo) -> str:
+    provider, slash, _ = name.partition("/")
+    if not slash or not well_formed(name):
+        raise ValueError("must be provider/model")
+    _known_provider(provider, info)
+    return name
+
+
 MARKS: dict[str, tuple[Any, ...]] = {
     "provider": (AfterValidator(_known_provider),),
+    "target": (AfterValidator(_known_target),),
     "seconds": (BeforeValidator(units.seconds), WithJsonSchema(DURATION_SCHEMA)),
     "bytes": (BeforeValidator(units.byte_size), WithJsonSchema(SIZE_SCHEMA)),
 }
@@ -87,8 +97,8 @@ class _Bounds:
 def setting(annotation: Any) -> Any:
     """The annotation with its marks replaced by validators, also inside unions, lists, mappings and dataclasses.
 
-    Marks: those of `proxy.units`; "provider", the name of a row of `providers:`; anything with `check(value)`, which raises
-    ValueError in words for the operator.
+    Marks: those of `proxy.units`; "provider", the name of a row of `providers:`; "target", `provider/model` with such a name;
+    anything with `check(value)`, which raises ValueError in words for the operator.
     """
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         return _section_of(annotation)

@@ -69,6 +69,7 @@ THIRD_PARTY = {
     "docx": {"middleware.retrieval.text.word"},
     "pypdf": {"middleware.retrieval.text.pdf"},
     "cachetools": {"middleware.cache.store"},
+    "python_multipart": {"middleware.retrieval.uploads"},
     "throttled": {"middleware.limits.meters"},
     "prometheus_client": {"middleware.metrics.families", "middleware.metrics.samples"},
     "asyncpg": {"proxy.store.postgres.database", "proxy.store.postgres.conversations"},

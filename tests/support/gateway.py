@@ -15,6 +15,7 @@ from multidict import CIMultiDict
 from middleware import TABLE
 from proxy.app import Gateway
 from proxy.config import parse
+from proxy.transport import Transport
 
 Json = dict[str, Any]
 
@@ -42,14 +43,15 @@ async def gateway(
     settle: float = 0.2,
     environ: Mapping[str, str] | None = None,
     table: Mapping[str, Any] | None = None,
+    transports: Mapping[str, Transport] | None = None,
     **fields: str,
 ) -> AsyncIterator[Gateway]:
     """A gateway whose providers all are at `url`. config: a template with {url} and whatever `fields` names.
 
-    table: middleware that the config may name, beside ours.
+    table: middleware that the config may name, beside ours. transports: see Gateway.
     """
     checked = parse(config.format(url=url, **fields), environ or {}, {**TABLE, **(table or {})})
-    async with Gateway(checked, settle=settle) as running:
+    async with Gateway(checked, settle=settle, transports=transports) as running:
         yield running
 
 
