@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("proxy.reply", "proxy.transport", "proxy.store.*", "proxy.conformance.*"),
     (
         "proxy.sse", "proxy.pipeline", "proxy.routing", "proxy.chunks", "proxy.faults", "proxy.fold", "proxy.prompt",
-        "proxy.translation", "proxy.own_fields", "proxy.flight", "proxy.text_events", "proxy.estimate",
+        "proxy.translation", "proxy.own_fields", "proxy.flight.*", "proxy.text_events", "proxy.estimate",
     ),
     ("proxy.decoder", "proxy.question", "proxy.shared"),
     ("proxy.wire.*", "proxy.faces.*", "middleware.*", "proxy.source", "proxy.admission", "proxy.logs"),
