@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import Any, NamedTuple, Protocol, cast
 
 import orjson
@@ -25,6 +26,8 @@ log = logging.getLogger("penstock")
 
 Json = dict[str, Any]
 Chunk = Json
+# The end of an event: JSON has no raw line break.
+BLANK = b"\n\n"
 # The lines of the first events, made once: a paced chunk's takes a third of the time (0.6 of 1.5 thousand instructions).
 IDS = tuple(b"id: %d\n" % number for number in range(1024))
 _new, _set = object.__new__, object.__setattr__
@@ -38,6 +41,8 @@ LISTS = frozenset({"annotations", "provider_blocks", "images"})
 
 class Run(bytes):
     """Several chunks, encoded as complete events one after the other."""
+
+    __slots__ = ()
 
 
 class Batch:
@@ -69,7 +74,7 @@ class Batch:
         twin.seen = self.seen
         twin._chunks = self._chunks
         if self._sse is not None and self.number is None and not self.final:
-            twin._sse = sse_events((Run(self._sse),), number)
+            twin._sse = with_ids(self._sse, number)
         return twin
 
     @property
@@ -82,12 +87,13 @@ class Batch:
     def sse(self) -> bytes:
         """The batch as server-sent events, encoded at most once, however many write it."""
         if self._sse is None:
-            items = self.items
-            # A paced stream's batch: one event, encoded already.
-            if len(items) == 1 and type(event := items[0]) is bytes and not self.seen:
-                self._sse = event if self.number is None else with_id(event, self.number)
+            items, number = self.items, self.number
+            if len(items) != 1 or not isinstance(event := items[0], bytes) or self.seen:
+                self._sse = sse_events(items, number, self.seen)
+            elif number is None:
+                self._sse = event
             else:
-                self._sse = sse_events(items, self.number, self.seen)
+                self._sse = with_id(event, number) if type(event) is bytes else with_ids(event, number)
         return self._sse
 
 
@@ -110,12 +116,20 @@ def sse_events(items: Iterable[Item], number: int | None = None, seen: int = 0) 
         return b"".join(events)
     if any(type(event) is Run for event in events):
         events = [single for event in events for single in single_events(event)]
-    return b"".join([b"id: %d\n%b" % numbered for numbered in enumerate(events[seen:], number + seen)])
+    return b"".join([with_id(event, at) for at, event in enumerate(events[seen:], number + seen)])
 
 
 def with_id(event: bytes, number: int) -> bytes:
     """An event with its `id:` line before it."""
     return IDS[number] + event if number < len(IDS) else b"id: %d\n%b" % (number, event)
+
+
+def with_ids(events: bytes, number: int) -> bytes:
+    """Any number of events, each with its line; number: of the first."""
+    bodies = events.split(BLANK)
+    end = number + len(bodies) - 1
+    lines = (*(IDS[number:end] if end <= len(IDS) else [b"id: %d\n" % at for at in range(number, end)]), b"")
+    return BLANK.join(map(add, lines, bodies))
 
 
 def single_events(events: bytes) -> list[bytes]:

@@ -1,8 +1,7 @@
 """One reader of a flight: a flow of its own over what the flight records.
 
 Strategy: a follower has a position in the recording and moves on as its reader takes batches. While it is the only one and has
-all that has come, the flight hands on to it by itself, and its position here stands still (`Flight.single`); `stand` sets it when
-that is over.
+all that has come, the flight hands on to it by itself, and its position here stands still; `stand` sets it when that is over.
 The one rule: a follower never slows the others. One that stays more than `max_lag` bytes behind for `patience` seconds is
 dropped, with an error.
 """
@@ -18,7 +17,8 @@ from proxy.reply import Batch, Ended, Receive, Single, Trailer
 from proxy.timers import Expiry, after
 
 if TYPE_CHECKING:
-    from proxy.flight import Flight
+    from proxy.flight.flight import Flight
+    from proxy.flight.straight import Straight
 
 
 class TooFarBehind(GatewayError):
@@ -32,18 +32,19 @@ class TooFarBehind(GatewayError):
 
 class Follower:
     """A flow. place: the number of the batch that it gets next. behind: it has asked for a pause. pushes: all but whole replies,
-    which have to be pulled.
+    which have to be pulled. rider: the flight that reads it, if it is one.
     """
 
     __slots__ = (
         "_advancing", "_before", "_dropped", "_ended", "_flight", "_impatience", "_left", "_number", "_receive", "_single",
-        "_skip", "_waiter", "behind", "place", "pushes", "trailer",
+        "_skip", "_waiter", "behind", "place", "pushes", "rider", "trailer",
     )  # fmt: skip
 
     def __init__(self, flight: Flight, position: Position) -> None:
-        self.stand(position)
+        self.place, self._before, self._number, self._skip = position
         self.behind = False
         self.pushes = not flight.reply.whole
+        self.rider: Straight | None = None
         self.trailer = Trailer()
         self.trailer.source = flight.reply.trailer.source or flight.reply.trailer
         self.trailer.own(self._leave)
@@ -57,8 +58,14 @@ class Follower:
         self._dropped: GatewayError | None = None
         self._left = False
 
-    def stand(self, position: Position) -> None:
-        self.place, self._before, self._number, self._skip = position
+    def stand(self, place: int, before: int, number: int) -> None:
+        """It has got all before that place, which were so many bytes; number: of the next event."""
+        self.place, self._before, self._number, self._skip = place, before, number, 0
+
+    def hand(self, batch: Batch) -> None:
+        """The next batch, for one that is live."""
+        if self._receive is not None:
+            self._receive(batch)
 
     # As a flow
 
@@ -75,6 +82,8 @@ class Follower:
         self._flight.fell_behind()
 
     def resume(self) -> None:
+        if not self.behind:
+            return
         self.behind = False
         self.advance()
         if not self.behind:
@@ -87,6 +96,11 @@ class Follower:
         if not ready or self.place != self._flight.places:
             return None
         return self._single or self._batched
+
+    def again(self) -> None:
+        """The reader may take single events again."""
+        if not self._left:
+            self._flight.lift()
 
     def _batched(self, event: bytes, number: int | None, now: float) -> None:
         """For a reader that only takes batches."""
@@ -154,11 +168,15 @@ class Follower:
     def _next(self) -> Batch | None:
         if self._left or self._dropped is not None or (kept := self._flight.at(self.place, self._number)) is None:
             return None
-        batch, skip = kept.batch, self._skip
-        self.stand(Position(self.place + 1, self._before + kept.size, self._number + kept.events))
+        batch, size, events = kept
+        self.place += 1
+        self._before += size
+        self._number += events
+        if self._skip:
+            batch, self._skip = without(batch, self._skip), 0
         if batch.final:
             self._fill()
-        return without(batch, skip) if skip else batch
+        return batch
 
     def _fill(self) -> None:
         inner, own = self._flight.reply.trailer, self.trailer
@@ -179,7 +197,7 @@ class Follower:
     def _leave(self) -> None:
         if not self._left:
             self._left = True
-            self._receive = self._ended = self._single = None
+            self._receive = self._ended = self._single = self.rider = None
             self._fill()
             if self._impatience is not None:
                 self._impatience.cancel()

@@ -9,19 +9,13 @@ The one rule: bytes are counted without the `id:` lines, so that a numbered reco
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from proxy.reply import Batch, Run, Sent
+from proxy.reply import BLANK, Batch, Item, Run, Sent
 
-
-class Kept(NamedTuple):
-    """A batch as its readers get it, its bytes without ids, and its events."""
-
-    batch: Batch
-    size: int
-    events: int
-
-
+# What was not to be kept as bytes: a batch as its readers get it, its bytes without ids, its events.
+Kept = tuple[Batch, int, int]
 Entry = bytes | Kept
 
 
@@ -42,7 +36,7 @@ class Recording:
     numbered: events have the ids 1, 2, 3…. total: bytes that have come, without the ids. number: that of the next event.
     """
 
-    __slots__ = ("_append", "_entries", "_first", "_gone", "_parted", "base", "number", "numbered", "total")
+    __slots__ = ("_append", "_entries", "_first", "_gone", "_latest", "_parted", "base", "number", "numbered", "total")
 
     def __init__(self, *, numbered: bool = False) -> None:
         self._entries: deque[Entry] = deque()
@@ -54,6 +48,8 @@ class Recording:
         self._gone = 0
         self._first = 1
         self._parted: Entry | None = None
+        # The place of the batch that was added last, which several readers get at once.
+        self._latest: tuple[int, Kept | None] = (-1, None)
 
     @property
     def size(self) -> int:
@@ -73,23 +69,28 @@ class Recording:
     def add(self, batch: Batch, whole: bool = False) -> Batch:
         """Keep the next batch; returns it as its readers get it. whole: of a reply that is not streamed."""
         plain = batch.sse()
-        events, single = _events(batch), not (batch.final or batch.comment or whole) and batch.number is None
+        plainly = not (whole or batch.final or batch.comment) and batch.number is None
+        events = 1
         if self.numbered:
-            batch = batch.numbered(self.number)
-        self._append(plain if single and events == 1 and type(plain) is bytes else Kept(batch, len(plain), events))
+            batch, events = batch.numbered(self.number), _events(batch.items)
+        kept = batch, len(plain), events
+        self._latest = self.base + len(self._entries), kept
+        self._append(kept if not plainly else plain if len(batch.items) == 1 else Run(plain))
         self.total += len(plain)
         self.number += events
         return batch
 
     def at(self, place: int, number: int) -> Kept | None:
         """The batch at a place; None where it has not come yet. number: of its first event."""
+        if place == self._latest[0]:
+            return self._latest[1]
         at = place - self.base
         if at >= len(self._entries):
             return None
         entry = self._entries[at]
-        if isinstance(entry, Kept):
+        if isinstance(entry, tuple):
             return entry
-        return Kept(Batch((entry,), number=number if self.numbered else None), len(entry), 1)
+        return Batch((entry,), number=number if self.numbered else None), len(entry), _events((entry,))
 
     def find(self, after: int) -> Position | None:
         """Where a reader goes on who has the events up to number `after`; None where what follows was let go of."""
@@ -107,9 +108,10 @@ class Recording:
 
     def trim(self, keep: int, needed: int) -> None:
         """Let go of the oldest batches that are beyond `keep` bytes and stand before the place `needed`."""
-        while self.total - self._gone > keep and self.base < needed:
+        spare = self.total - keep
+        while self._gone < spare and self.base < needed:
             entry = self._entries.popleft()
-            size, events, final = _facts(entry)
+            size, events, final = (len(entry), 1, False) if type(entry) is bytes else _facts(entry)
             self._gone += size
             self._first += events
             self.base += 1
@@ -120,27 +122,30 @@ class Recording:
         """What came before the final batch; None where nothing did."""
         last, size = self._parted, self.total
         for entry in reversed(self._entries):
-            if not (isinstance(entry, Kept) and entry.batch.final):
+            its_size, _, final = _facts(entry)
+            if not final:
                 last = entry
                 break
-            size -= entry.size
-        if isinstance(last, Kept):
-            return Sent(size, last.batch, last.size)
-        return None if last is None else Sent(size, Batch((last,)), len(last))
+            size -= its_size
+        if last is None:
+            return None
+        return Sent(size, *last[:2]) if isinstance(last, tuple) else Sent(size, Batch((last,)), len(last))
 
 
 def _facts(entry: Entry) -> tuple[int, int, bool]:
     """Its bytes without ids, its events, and whether it is the final batch."""
-    if isinstance(entry, Kept):
-        return entry.size, entry.events, entry.batch.final
-    return len(entry), 1, False
+    if isinstance(entry, tuple):
+        batch, size, events = entry
+        return size, events, batch.final
+    return len(entry), _events((entry,)), False
 
 
-def _events(batch: Batch) -> int:
+def _events(items: Sequence[Item]) -> int:
     """How many events the items of a batch are."""
-    if len(batch.items) == 1 and type(batch.items[0]) is not Run:
-        return 1
-    return sum(item.count(b"\n\n") if isinstance(item, Run) else 1 for item in batch.items)
+    count = 0
+    for item in items:
+        count += item.count(BLANK) if type(item) is Run else 1
+    return count
 
 
 def without(batch: Batch, skip: int) -> Batch:
