@@ -22,7 +22,7 @@ PACKAGES = ("proxy", "middleware")
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("proxy",),
     ("proxy.errors", "proxy.call", "proxy.units", "proxy.timers"),
-    ("proxy.reply", "proxy.transport", "proxy.store.*", "proxy.conformance.*"),
+    ("proxy.reply.*", "proxy.transport", "proxy.store.*", "proxy.conformance.*"),
     (
         "proxy.sse", "proxy.pipeline", "proxy.routing", "proxy.chunks", "proxy.faults", "proxy.fold", "proxy.prompt",
         "proxy.translation", "proxy.own_fields", "proxy.flight.*", "proxy.text_events", "proxy.estimate",
