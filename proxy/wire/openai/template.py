@@ -19,6 +19,8 @@ from proxy.reply import Chunk, Run
 MARK = b'"content":"'
 SPACED_MARK = b'"content": "'
 LESSONS = 4
+# As numbers: `b"\\" in text` first tries to take the bytes for one, and fails, at ten times the cost.
+BACKSLASH, NEWLINE = 0x5C, 0x0A
 # The inside of a JSON string, in the one spelling in which it is written again: no needless escapes.
 SIMPLE = bytes(byte for byte in range(0x20, 0x100) if byte not in b'"\\')
 TEXT = re.compile(rb'[^"\\\x00-\x1f]*(?:\\["\\bfnrt][^"\\\x00-\x1f]*)*')
@@ -27,13 +29,17 @@ TEXT = re.compile(rb'[^"\\\x00-\x1f]*(?:\\["\\bfnrt][^"\\\x00-\x1f]*)*')
 class Template:
     """What surrounds the text of a stream's text chunks. Learning is tried a few times: some vendors put a clock in."""
 
-    __slots__ = ("_after", "_before", "_lessons", "_ours", "_text", "_theirs", "after", "before", "head", "least", "tail")
+    __slots__ = (
+        "_after", "_back", "_before", "_closing", "_front", "_lessons", "_opening", "_ours", "_quoted", "_text", "_theirs",
+        "after", "before", "head", "least", "tail",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._lessons = LESSONS
         self.least = 0
         self.before = self.after = self.head = self.tail = b""
-        self._before = self._after = self._theirs = self._ours = b""
+        self._before = self._after = self._theirs = self._ours = self._opening = self._closing = b""
+        self._front = self._back = self._quoted = slice(0, 0)
 
     @property
     def teachable(self) -> bool:
@@ -49,11 +55,22 @@ class Template:
 
     def single(self, data: bytes) -> bytes | None:
         """The event for a read that is one event of this template, as in a paced stream; None for any other."""
-        if not (data.startswith(self._before) and data.endswith(self._after)):
+        if not self.least or data[self._front] != self._before or data[self._back] != self._after:
             return None
-        # A text has no raw line break, so what passes is no more than one event.
-        text = data[len(self._before) : -len(self._after)]
-        return b"%b%b%b" % (self.head, text, self.tail) if _plain(text) else None
+        text = data[self._quoted]
+        if NEWLINE in text:
+            return None  # several events
+        # orjson proves quotes, control characters and UTF-8 in half the instructions of `_plain` (1.6 of 3.5 thousand).
+        if BACKSLASH in text:
+            if not _plain(text[1:-1]):
+                return None
+        else:
+            try:
+                if not orjson.loads(text):
+                    return None
+            except orjson.JSONDecodeError:
+                return None
+        return self._opening + text + self._closing
 
     def run(self, data: bytes) -> tuple[Run, int, bytes] | None:
         """The events that `data` begins with and that are of this template, rewritten; their number; what follows them.
@@ -93,6 +110,10 @@ class Template:
         self.head, self.tail = ours
         self.least = len(self.before) + len(self.after)
         self._before, self._after = b"data: " + self.before, self.after + b"\n\n"
+        self._front, self._back = slice(len(self._before)), slice(-len(self._after), None)
+        # With the quotes around it.
+        self._quoted = slice(len(self._before) - 1, 1 - len(self._after))
+        self._opening, self._closing = self.head[:-1], self.tail[1:]
         self._text = itemgetter(slice(len(self._before), -len(self.after)))
         self._theirs = b"%b\n\ndata: %b" % (self.after, self.before)
         self._ours = self.tail + self.head
