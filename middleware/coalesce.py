@@ -7,7 +7,7 @@ It belongs outside of the cache, whose recorder then survives the leader's leavi
 The one rule: in doubt a request flies alone. Whose answers may be shared is decided as the cache decides it (proxy/question.py).
 
 Cost: of a request that nobody joins 19 us (a task, a flight, a follower, a hash), and 3 thousand instructions per paced chunk,
-which takes 42 without; of one that takes no part, a look-up.
+which takes 39 without; of one that takes no part, a look-up.
 """
 
 from __future__ import annotations

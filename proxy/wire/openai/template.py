@@ -122,7 +122,7 @@ class Template:
 def _all_plain(texts: list[bytes]) -> bool:
     """Is each of them? Looked at together, with a byte between them that is in none, and completes no character and no escape."""
     joined = b"\0".join(texts)
-    if joined.count(b"\0") != len(texts) - 1 or b"\0\0" in joined or joined[:1] == b"\0" or joined[-1:] == b"\0":
+    if joined.count(b"\0") != len(texts) - 1 or joined.find(b"\0\0") >= 0 or joined[:1] == b"\0" or joined[-1:] == b"\0":
         return False
     return _plain(joined.replace(b"\0", b" "))
 
