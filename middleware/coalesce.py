@@ -1,13 +1,13 @@
 """Single flight: the same question, asked while it is being answered, is answered by the same reply.
 
 Strategy: the first to ask leads; its call goes in through the cache, in a task of its own, and becomes a flight (proxy/shared.py,
-proxy/flight.py) that the others join: what has come at once, then each chunk as it comes. It ends with the last who left, and
+proxy/flight) that the others join: what has come at once, then each chunk as it comes. It ends with the last who left, and
 stands in the table only as long as somebody can still have it from the start.
 It belongs outside of the cache, whose recorder then survives the leader's leaving: what a flight was is a hit from then on.
 The one rule: in doubt a request flies alone. Whose answers may be shared is decided as the cache decides it (proxy/question.py).
 
-Cost: of a request that nobody joins 19 us (a task, a flight, a follower, a hash), and 0.6 us per chunk; of one that takes no
-part, a look-up.
+Cost: of a request that nobody joins 19 us (a task, a flight, a follower, a hash), and 3 thousand instructions per paced chunk,
+which takes 39 without; of one that takes no part, a look-up.
 """
 
 from __future__ import annotations

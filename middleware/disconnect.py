@@ -1,7 +1,7 @@
 """What becomes of a reply whose client has gone: closed at once, or read to its end, within bounds.
 
 Strategy: a call that may outlive its client runs in a task of its own and is read through a flight with one follower
-(proxy/shared.py, proxy/flight.py). When that leaves, the flight reads on by itself, as fast as the provider writes, and lets go
+(proxy/shared.py, proxy/flight). When that leaves, the flight reads on by itself, as fast as the provider writes, and lets go
 of what it reads; whatever lies further in (the cache's recorder, limits) sees a reply like any other.
 It belongs outside of `coalesce` and `cache`: for a flight that others share it is one client more, which stays.
 The one rule: what nobody waits for is bounded, in time and in number, and ends with the gateway.

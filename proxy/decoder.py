@@ -44,6 +44,10 @@ class SseDecoder:
         """One event of the format: a JSON object. Call `self.end()` at the format's own end marker."""
         raise NotImplementedError
 
+    def single(self, data: bytes) -> bytes | None:
+        """The event for a read that is just one, where a format has a short way to it; for any other None, and nothing done."""
+        return None
+
     def feed(self, data: bytes) -> list[Item]:
         """The chunks that `data` completes. After a fault or the end: none."""
         if self.over():

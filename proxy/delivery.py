@@ -19,6 +19,9 @@ from typing import Protocol
 
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 BODILESS = frozenset({204, 304})
+# How the chunks of HTTP begin that hold one event, made once: 1.1 instead of 1.7 thousand instructions.
+MOST = 1024
+SIZES = tuple(b"%x\r\n" % size for size in range(MOST))
 
 
 @dataclass(slots=True)
@@ -107,9 +110,12 @@ class Delivery:
 
     def write(self, data: bytes) -> bool:
         """A piece of the body. Is the client behind now?"""
-        framed = b"%b%x\r\n%b\r\n" % (self._head, len(data), data) if self._chunked else self._head + data
-        if self._head:
+        size = len(data)
+        if self._head or not self._chunked or size >= MOST:
+            framed = b"%b%x\r\n%b\r\n" % (self._head, size, data) if self._chunked else self._head + data
             self._head = b""
+        else:
+            framed = SIZES[size] + data + b"\r\n"
         connection = self._connection
         transport = connection.transport
         if transport is None:

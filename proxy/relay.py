@@ -25,7 +25,7 @@ from proxy.faces import Face
 from proxy.fold import fold, unfolded
 from proxy.http import STREAM_HEADERS
 from proxy.keepalive import COMMENT, COMMENT_AMONG_IDS, KeepAlive, told_late
-from proxy.reply import STALL_SECONDS, Batch, Completion, Flow, Reply, Sent, flow_of
+from proxy.reply import IDS, STALL_SECONDS, Batch, Completion, Flow, Reply, Sent, flow_of, push
 
 log = structlog.get_logger("penstock")
 
@@ -43,7 +43,8 @@ class Relay:
         self._write_timeout = write_timeout
         self._interruption: GatewayError | None = None
         self._flow: Flow | None = None
-        self._sent: Batch | None = None
+        self._sent: Batch | bytes | None = None
+        self._number: int | None = None
         self._bytes = 0
         self._held = Batch([], final=True)
         self._wake: asyncio.Future[None] | None = None
@@ -51,7 +52,7 @@ class Relay:
         self._error: Exception | None = None
         self._clock = asyncio.get_running_loop().time
         self._last = 0.0
-        self._longest = 0.0
+        self._notable = self._longest = 0.0
         self._stalls = 0
 
     @property
@@ -152,7 +153,10 @@ class Relay:
     async def _pushed(self, flow: Flow) -> None:
         """Relay all batches but the final one; returns when that is held and the reply has run to its end."""
         self._flow = flow
-        flow.push(self._receive, self._ended)
+        if self._face.VERBATIM:
+            push(flow, self._receive, self._ended, self._single)
+        else:
+            flow.push(self._receive, self._ended)
         loop = asyncio.get_running_loop()
         while not self._over:
             if self._delivery.congested:
@@ -166,16 +170,37 @@ class Relay:
             raise self._error
         await flow.finished()
 
+    def _single(self, event: bytes, number: int | None, now: float) -> None:
+        """One encoded event, as in most reads of a paced stream: `_receive` without a batch."""
+        if self._over:
+            return
+        if now - self._last > self._notable:
+            self._note(now - self._last)
+        self._last = now
+        self._sent, self._number = event, number
+        if number is not None:
+            event = IDS[number] + event if number < len(IDS) else b"id: %d\n%b" % (number, event)
+        self._bytes += len(event)
+        try:
+            if self._delivery.write(event):
+                self._fell_behind()
+        except Exception as error:
+            self._ended(error)
+
     def _receive(self, batch: Batch) -> None:
         if self._over:
             return
         try:
-            if self._write(batch) and self._flow is not None:
-                # At once: a flow may have much in hand, which a client that is behind must not be given all of.
-                self._flow.pause()
-                self._awake()
+            if self._write(batch):
+                self._fell_behind()
         except Exception as error:
             self._ended(error)
+
+    def _fell_behind(self) -> None:
+        """At once: a flow may have much in hand, which a client that is behind must not be given all of."""
+        assert self._flow is not None
+        self._flow.pause()
+        self._awake()
 
     def _ended(self, error: Exception | None) -> None:
         if not self._over:
@@ -202,17 +227,19 @@ class Relay:
         if batch.final:
             self._held = batch
             return False
-        self._sent = batch
         now = self._clock()
-        gap = now - self._last
-        if gap > self._longest:
-            self._longest = gap
-        if gap > STALL_SECONDS:
-            self._stalls += 1
+        self._note(now - self._last)
         self._last = now
+        self._sent, self._number = batch, batch.number
         events = self._face.events(batch)
         self._bytes += len(events)
         return self._delivery.write(events)
+
+    def _note(self, gap: float) -> None:
+        """A gap between writes, which may be the longest, or a stall."""
+        self._longest = max(self._longest, gap)
+        self._stalls += gap > STALL_SECONDS
+        self._notable = min(self._longest, STALL_SECONDS)
 
     def _spoke(self) -> float:
         return self._last
@@ -220,13 +247,18 @@ class Relay:
     def _comment(self) -> None:
         """A line for a long silence, unless the client has not even taken what was before it."""
         if not self._delivery.congested:
-            self._delivery.write(COMMENT if self._sent is None or self._sent.number is None else COMMENT_AMONG_IDS)
+            self._delivery.write(COMMENT if self._number is None else COMMENT_AMONG_IDS)
 
     def _gaps(self) -> None:
         trailer = self._reply.trailer
         trailer.silences(self._longest, self._stalls, self._clock() - self._last)
-        if self._sent is not None and trailer.usage is None:
-            trailer.sent = Sent(self._bytes, self._sent, len(self._face.events(self._sent)))
+        if trailer.usage is None and (last := self._last_batch()) is not None:
+            trailer.sent = Sent(self._bytes, last, len(self._face.events(last)))
+
+    def _last_batch(self) -> Batch | None:
+        """What was written last, if anything was."""
+        sent = self._sent
+        return Batch((sent,), number=self._number) if isinstance(sent, bytes) else sent
 
     async def _drained(self) -> None:
         """Wait for a client that is behind. One that has taken nothing for `write_timeout` is gone: raises ConnectionError."""
@@ -245,7 +277,8 @@ class Relay:
         """The error chunk instead of an end; the connection is closed behind it."""
         self._end(error.outcome, error)
         self._delivery.close = True
-        sent = None if self._sent is None else self._sent.chunks[-1]
+        last = self._last_batch()
+        sent = None if last is None else last.chunks[-1]
         self._delivery.end(self._face.failure(error, self._call, sent, self._reply.trailer.number))
 
     def _completed(self) -> None:

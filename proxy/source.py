@@ -16,7 +16,7 @@ from proxy.call import Provider
 from proxy.decoder import SseDecoder
 from proxy.errors import GatewayError, UpstreamTimeout
 from proxy.faults import presentable
-from proxy.reply import Batch, Ended, Item, Receive, Trailer
+from proxy.reply import Batch, Ended, Item, Receive, Single, Trailer
 from proxy.transport import PushingResponse, UpstreamResponse
 
 
@@ -45,6 +45,7 @@ class Source:
         self._expired = False
         self._closed = False
         self._receive: Receive | None = None
+        self._single: Single | None = None
         self._ended: Ended | None = None
         self.trailer = Trailer()
         self.trailer.own(self.close)
@@ -61,7 +62,7 @@ class Source:
         for timer in (self._timer, self._settling):
             if timer is not None:
                 timer.cancel()
-        self._timer = self._settling = self._receive = self._ended = None
+        self._timer = self._settling = self._receive = self._single = self._ended = None
         if not self._decoder.ended:
             self._response.close()
 
@@ -73,6 +74,9 @@ class Source:
     @property
     def pushes(self) -> bool:
         return self._pushed is not None
+
+    def singly(self, single: Single) -> None:
+        self._single = single
 
     def push(self, receive: Receive, ended: Ended) -> None:
         assert self._pushed is not None
@@ -101,7 +105,15 @@ class Source:
 
     def _data(self, data: bytes) -> None:
         """One network read."""
-        decoder, receive = self._decoder, self._receive
+        decoder, receive, single = self._decoder, self._receive, self._single
+        if single is not None and (event := decoder.single(data)) is not None:
+            # Most reads of a paced stream.
+            now = self._clock()
+            if self._waiting_since is not None:
+                self._waiting_since = now
+            self.trailer.chunks = decoder.stream.sent
+            single(event, None, now)
+            return
         if receive is None or decoder.ended or decoder.fault is not None:
             return
         chunks = decoder.feed(data)

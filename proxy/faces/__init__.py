@@ -3,6 +3,7 @@
 A face is pure: no I/O, no clock. It has
 
     KIND                                        what `Call.kind` it makes
+    VERBATIM                                    an encoded event leaves as it is
     check(body)                                 the shape of a request of this face; raises Refused with the path
     events(batch) -> bytes                      a batch as server-sent events
     last(batch, trailer, options) -> bytes      the finish chunks, the usage (where asked for), and `[DONE]`, in one piece
@@ -29,6 +30,7 @@ class Face(Protocol):
     """The names that every face has."""
 
     KIND: Kind
+    VERBATIM: bool
 
     def check(self, body: Json) -> None: ...
 

@@ -18,6 +18,7 @@ from proxy.reply import Batch, Chunk, Completion, Item, Trailer, sse_events
 Json = dict[str, Any]
 
 KIND: Kind = "chat"
+VERBATIM = True
 DONE = b"data: [DONE]\n\n"
 
 

@@ -19,6 +19,7 @@ from proxy.reply import Batch, Chunk, Completion, Trailer, sse_events
 Json = dict[str, Any]
 
 KIND: Kind = "completions"
+VERBATIM = False
 
 
 def check(body: Json) -> None:

@@ -14,6 +14,7 @@ from proxy.reply import Batch, Chunk, Completion, Trailer
 Json = dict[str, Any]
 
 KIND: Kind = "embeddings"
+VERBATIM = False
 
 
 def check(body: Json) -> None:

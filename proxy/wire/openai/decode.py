@@ -66,6 +66,15 @@ class Decoder(SseDecoder):
         self._waiting = False
         self._template = Template()
 
+    def single(self, data: bytes) -> bytes | None:
+        """As in SseDecoder."""
+        template, stream = self._template, self.stream
+        if self._waiting or not self.framer.between or self.ended or self.fault is not None or stream.finishing:
+            return None
+        if (event := template.single(data)) is not None:
+            stream.sent += 1
+        return event
+
     def feed(self, data: bytes) -> list[Item]:
         """As in SseDecoder. Where a read holds many events, the first ones teach the template and the rest is spliced at once."""
         if self.ended or self.fault is not None:

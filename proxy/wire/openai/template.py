@@ -3,7 +3,7 @@
 Strategy: vendors build these chunks from a template, so after one was decoded the long way, what stands before and after its text
 is known, in the provider's bytes and in ours. A payload that begins and ends with the same bytes and has nothing between but
 the inside of a JSON string is that chunk with another text: JSON leaves no other reading. Where one read brings many of them,
-what stands between two texts is the same each time too, and one split and one join rewrite them all.
+what stands between two texts is the same each time too, and one regular expression and one join rewrite them all.
 The one rule: anything else, and any doubt, goes the long way.
 """
 
@@ -19,6 +19,8 @@ from proxy.reply import Chunk, Run
 MARK = b'"content":"'
 SPACED_MARK = b'"content": "'
 LESSONS = 4
+# As numbers: `b"\\" in text` first tries to take the bytes for one, and fails, at ten times the cost.
+BACKSLASH, NEWLINE = 0x5C, 0x0A
 # The inside of a JSON string, in the one spelling in which it is written again: no needless escapes.
 SIMPLE = bytes(byte for byte in range(0x20, 0x100) if byte not in b'"\\')
 TEXT = re.compile(rb'[^"\\\x00-\x1f]*(?:\\["\\bfnrt][^"\\\x00-\x1f]*)*')
@@ -28,14 +30,16 @@ class Template:
     """What surrounds the text of a stream's text chunks. Learning is tried a few times: some vendors put a clock in."""
 
     __slots__ = (
-        "_after", "_before", "_lessons", "_ours", "_theirs", "after", "before", "head", "least", "tail",
+        "_after", "_back", "_before", "_closing", "_front", "_lessons", "_opening", "_ours", "_quoted", "_theirs",
+        "after", "before", "head", "least", "tail",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._lessons = LESSONS
         self.least = 0
         self.before = self.after = self.head = self.tail = b""
-        self._before = self._after = self._theirs = self._ours = b""
+        self._before = self._after = self._theirs = self._ours = self._opening = self._closing = b""
+        self._front = self._back = self._quoted = slice(0, 0)
 
     @property
     def teachable(self) -> bool:
@@ -51,11 +55,22 @@ class Template:
 
     def single(self, data: bytes) -> bytes | None:
         """The event for a read that is one event of this template, as in a paced stream; None for any other."""
-        if not (data.startswith(self._before) and data.endswith(self._after)):
+        if not self.least or data[self._front] != self._before or data[self._back] != self._after:
             return None
-        # A text has no raw line break, so what passes is no more than one event.
-        text = data[len(self._before) : -len(self._after)]
-        return b"%b%b%b" % (self.head, text, self.tail) if _plain(text) else None
+        text = data[self._quoted]
+        if NEWLINE in text:
+            return None  # several events
+        # orjson proves quotes, control characters and UTF-8 in half the instructions of `_plain` (1.6 of 3.5 thousand).
+        if BACKSLASH in text:
+            if not _plain(text[1:-1]):
+                return None
+        else:
+            try:
+                if not orjson.loads(text):
+                    return None
+            except orjson.JSONDecodeError:
+                return None
+        return self._opening + text + self._closing
 
     def run(self, data: bytes) -> tuple[Run, int, bytes] | None:
         """The events that `data` begins with and that are of this template, rewritten; their number; what follows them.
@@ -70,7 +85,7 @@ class Template:
             return None
         last = data.rfind(before) + len(before)
         # Backslashes are looked for in the whole read, which takes no time; only few reads have any.
-        pattern = _cutters(len(self._theirs))[b"\\" in data]
+        pattern = _cutters(len(self._theirs))[BACKSLASH in data]
         texts: list[bytes] = pattern.findall(data, len(before), last)
         if (end := data.find(self._after, last)) >= 0:
             texts.append(data[last:end])
@@ -103,6 +118,10 @@ class Template:
         self.head, self.tail = ours
         self.least = len(self.before) + len(self.after)
         self._before, self._after = b"data: " + self.before, self.after + b"\n\n"
+        self._front, self._back = slice(len(self._before)), slice(-len(self._after), None)
+        # With the quotes around it.
+        self._quoted = slice(len(self._before) - 1, 1 - len(self._after))
+        self._opening, self._closing = self.head[:-1], self.tail[1:]
         self._theirs = b"%b\n\ndata: %b" % (self.after, self.before)
         self._ours = self.tail + self.head
 
@@ -117,7 +136,7 @@ def _cutters(gap: int) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
 def _all_plain(texts: list[bytes]) -> bool:
     """Is each of them? Looked at together, with a byte between them that is in none, and completes no character and no escape."""
     joined = b"\0".join(texts)
-    if joined.count(b"\0") != len(texts) - 1 or b"\0\0" in joined or joined[:1] == b"\0" or joined[-1:] == b"\0":
+    if joined.count(b"\0") != len(texts) - 1 or joined.find(b"\0\0") >= 0 or joined[:1] == b"\0" or joined[-1:] == b"\0":
         return False
     return _plain(joined.replace(b"\0", b" "))
 
