@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import GatewayError, Malformed, UpstreamCut, UpstreamError
@@ -1251,6 +1251,7 @@ def test_no_event_however_odd_makes_the_decoder_raise_or_break_the_form_of_its_c
 
 
 @given(st.lists(EVENT | GOOD, max_size=6), st.lists(st.integers(0, 2000), max_size=6))
+@example([{}, chunk({"content": "b"}, index=1), {"id": None}, chunk({"content": "b"}, index=1)], [])  # a fault before a run
 @settings(max_examples=150)
 def test_any_split_gives_the_same_chunks(found: list[Json], cuts: list[int]) -> None:
     body = sse(*found, DONE)

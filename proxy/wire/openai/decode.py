@@ -82,6 +82,8 @@ class Decoder(SseDecoder):
         template, cut = self._template, 0
         if template.least == 0 and template.teachable and (cut := _third_event(data)):
             self._events(data[:cut])
+            if self.over():
+                return self.taken()
             data = data[cut:]
         if template.least and not self._waiting and self.framer.between:
             if not cut and (event := template.single(data)) is not None:
