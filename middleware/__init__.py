@@ -44,6 +44,7 @@ TABLE = Shelf(
         "continuation": "middleware.continuation:Continuation",
         "disconnect": "middleware.disconnect:Disconnect",
         "fallback": "middleware.fallback:Fallback",
+        "guardrails": "middleware.guardrails:Guardrails",
         "limits": "middleware.limits:Limits",
         "metrics": "middleware.metrics:Metrics",
         "resume": "middleware.resume:Resume",

@@ -62,6 +62,7 @@ THIRD_PARTY = {
     "pydantic_core": CONFIG,
     "ruamel": CONFIG | {"middleware.auth.keysfile"},
     "cachetools": {"middleware.cache.store"},
+    "re2": {"middleware.guardrails.rules.engine"},
     "throttled": {"middleware.limits.meters"},
     "prometheus_client": {"middleware.metrics.families", "middleware.metrics.samples"},
     "genai_prices": {"middleware.metrics.prices", "middleware.fallback.prices"},

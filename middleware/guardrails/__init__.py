@@ -1,0 +1,279 @@
+"""Guardrails: what may not go to a provider, and what may not come from a model, on a running stream as well.
+
+Strategy: rules look at the text of the request before anything is asked (`asked`), and at the reply's as it passes (`flow`): what
+could still become a match is held back, everything else goes on at once. What is redacted gets a placeholder, the same for the
+same value; the reply may have the originals back.
+Its place: below memory and retrieval, so that what they add is looked at, too; above the cache, so that its key has placeholders
+instead of names, and what comes out of it is looked at like any reply.
+Cost: nothing for requests without rules. With them see docs/guardrails.md.
+The one rule: under `hold_back` no part of a match is ever sent; and nothing that was found is in a log, a metric or an error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+from middleware.guardrails.asked import rewritten
+from middleware.guardrails.edits import PLACEHOLDER, Look, Vault
+from middleware.guardrails.flow import Guarded
+from middleware.guardrails.options import Kind, Rule, RuleOptions, rule
+from middleware.guardrails.outside import Asker
+from middleware.guardrails.policy import PLUGIN, Asked, Policy
+from middleware.guardrails.rounds import Gate
+from middleware.guardrails.rules.engine import installed
+from middleware.guardrails.rules.words import Allowed
+from middleware.guardrails.screen import Screen
+from middleware.guardrails.verdict import ContentFiltered, Finding, header
+from proxy.call import Call, altered
+from proxy.errors import why_cancelled
+from proxy.estimate import estimated_input
+from proxy.fold import unfolded
+from proxy.own_fields import OwnFields
+from proxy.pipeline import Handler, Sample, Surroundings
+from proxy.reply import Reply
+from proxy.units import Between
+
+HEADER = "X-Penstock-Guardrails"
+
+
+@dataclass(slots=True)
+class Passing:
+    """One request on its way: what holds for it, what was found, and what its placeholders stand for."""
+
+    rules: tuple[Rule, ...]
+    restore: bool
+    vault: Vault
+    found: list[Finding]
+
+
+class Guardrails:
+    """Looks at what goes in and what comes out.
+
+    rules: names of built-in ones, or objects; docs/guardrails.md has them all. restore: what was redacted on the way in is put
+    back on the way out. at_once: questions to moderations and webhooks that may be open.
+    """
+
+    FIELDS = ("guardrails",)
+
+    def __init__(
+        self,
+        *,
+        rules: Sequence[Kind | RuleOptions],
+        restore: bool = False,
+        at_once: Annotated[int, Between(1, 10_000)] = 64,
+    ) -> None:
+        options = [RuleOptions(written) if isinstance(written, str) else written for written in rules]
+        allowed = [word for one in options if one.kind == "allow" for word in one.words or ()]
+        re2 = installed()
+        made = [rule(one, re2) for one in options if one.kind != "allow"]
+        if any(one.kind == "allow" and not one.words for one in options):
+            raise ValueError("rule 'allow': needs words")
+        ids = Counter(one.id for one in made)
+        if twice := [name for name, count in ids.items() if count > 1]:
+            raise ValueError(f"two rules are called '{twice[0]}'; give each an id")
+        self._policy = Policy(made, Allowed(allowed), restore, re2)
+        self._rules = made
+        self._at_once = at_once
+        self._asker: Asker | None = None
+        self._counts: Counter[Finding] = Counter()
+
+    def attach(self, surroundings: Surroundings) -> None:
+        if self._asker is None:
+            self._asker = Asker(surroundings.share(self._at_once))
+        self._asker.attach(surroundings.transport, surroundings.route, self._rules)
+
+    def adopt(self, previous: Guardrails) -> None:
+        self._counts = previous._counts
+
+    def admit(self, call: Call, own: OwnFields) -> Call:
+        """Read `guardrails` and `plugins`. Raises Refused with the path."""
+        asked = self._policy.read(own)
+        if asked is None:
+            return call
+        request = call.request
+        if isinstance(plugins := request.get("plugins"), list) and asked.restore:
+            # The other plugins are the provider's.
+            kept = [entry for entry in plugins if not isinstance(entry, dict) or entry.get("id") != PLUGIN]
+            request = {name: value for name, value in request.items() if name != "plugins"} | ({"plugins": kept} if kept else {})
+        return altered(call, request=request, extensions={**call.extensions, Asked: asked})
+
+    async def __call__(self, call: Call, next: Handler) -> Reply:
+        asked = call.extension(Asked)
+        rules = self._policy.rules(asked)
+        if not rules:
+            return await next(call)
+        restore = self._policy.restore or (asked is not None and asked.restore)
+        passing = Passing(rules, restore, Vault(), [])
+        call = await self._let_in(call, passing)
+        reply = await next(call)
+        if reply.head.status != 200:
+            return reply
+        if passing.found:
+            reply = reply.with_head(headers={**reply.head.headers, HEADER: header(passing.found)})
+        return reply if call.kind == "embeddings" else await self._let_out(call, reply, passing)
+
+    # In
+
+    async def _let_in(self, call: Call, passing: Passing) -> Call:
+        """The call with its texts as the rules want them. Raises ContentFiltered."""
+        report = partial(self._report, passing.found)
+        if not any(rule.input for rule in passing.rules):
+            return call
+        self._measure(call, passing.rules, report)
+        passing.vault = Vault(_placeholders(call))
+        hold, watch = self._policy.looks(passing.rules, "input", passing.vault, report, passing.restore)
+        if hold is not None or watch is not None:
+            request = rewritten(call.request, partial(_visited, hold, watch, passing.found))
+            call = call if request is call.request else altered(call, request=request)
+        for one in passing.rules:
+            if one.outside is not None and one.input:
+                call = await self._asked_about(call, one, report)
+        return call
+
+    def _measure(self, call: Call, rules: Sequence[Rule], report: Any) -> None:
+        for one in rules:
+            if one.longest is None:
+                continue
+            characters, tokens = one.longest
+            if (characters is not None and _characters(call) > characters) or (
+                tokens is not None and estimated_input(call.request) > tokens
+            ):
+                finding = Finding(one.id, one.action, "input")
+                report(finding)
+                if one.action == "block":
+                    raise ContentFiltered(finding, _place(call))
+
+    async def _asked_about(self, call: Call, one: Rule, report: Any) -> Call:
+        """Ask somebody about all texts of the request."""
+        assert self._asker is not None
+        texts: dict[str, str] = {}
+        rewritten(call.request, lambda path, text, json: texts.setdefault(path, text) if text else text)
+        if not texts:
+            return call
+        answers = dict(zip(texts, await self._asker.ask(one, list(texts.values()), "input", call.id), strict=True))
+        for path, answer in answers.items():
+            if not answer.caught:
+                continue
+            action = "redact" if one.action != "flag" and answer.text is not None else "flag" if one.action == "flag" else "block"
+            finding = Finding(one.id, action, "input")  # type: ignore[arg-type]
+            report(finding)
+            if action == "block":
+                raise ContentFiltered(finding, path)
+
+        def instead(path: str, text: str, json: bool) -> str:
+            answer = answers.get(path)
+            return text if answer is None or answer.text is None or one.action == "flag" else answer.text
+
+        request = rewritten(call.request, instead)
+        return call if request is call.request else altered(call, request=request)
+
+    # Out
+
+    async def _let_out(self, call: Call, reply: Reply, passing: Passing) -> Reply:
+        report = partial(self._report, passing.found)
+        restore = passing.restore and bool(passing.vault.originals)
+        hold, watch = self._policy.looks(passing.rules, "output", passing.vault, report, restore)
+        outside = [one for one in passing.rules if one.outside is not None and one.output]
+        if hold is None and watch is None and not outside:
+            return reply
+        if reply.whole:
+            reply = altered(reply, chunks=unfolded(reply), whole=False)
+        gates: list[Gate] = []
+
+        def told(key: Any, text: str) -> None:
+            for gate in gates:
+                gate.hears(key, text)
+
+        guarded = Guarded(call, reply, Screen(hold, watch, told if outside else None), passing.found)
+        gates += self._gates(call, outside, report, guarded)
+        guarded.gated(gates, next((gate for gate in gates if gate.holds), None))
+        try:
+            await guarded.start()
+        except BaseException as error:
+            await guarded.aclose()
+            await reply.close(getattr(error, "outcome", None) or why_cancelled(error))
+            raise
+        return altered(reply, chunks=guarded)
+
+    def _gates(self, call: Call, outside: Sequence[Rule], report: Any, guarded: Guarded) -> list[Gate]:
+        """One gate for all that hold, one for each that looks beside the stream."""
+        assert self._asker is not None
+        asker = self._asker
+
+        async def ask(one: Rule, texts: Sequence[str]) -> Any:
+            return await asker.ask(one, texts, "output", call.id)
+
+        held = [one for one in outside if one.holds]
+        made: list[tuple[list[Rule], float]] = [(held, min(_window(one) for one in held))] if held else []
+        made += [([one], _window(one)) for one in outside if not one.holds]
+        return [
+            Gate(rules, holds=rules is held, window=window, ask=ask, report=report, gone=guarded.gone) for rules, window in made
+        ]
+
+    def _report(self, found: list[Finding], finding: Finding) -> None:
+        found.append(finding)
+        self._counts[finding] += 1
+
+    def samples(self) -> Iterable[Sample]:
+        words = "Matches and verdicts of guardrails, by rule, by what was done, and by side."
+        for finding, count in sorted(self._counts.items()):
+            labels = {"rule": finding.id, "action": finding.action, "on": finding.on}
+            yield Sample("penstock_guardrails_total", "counter", words, count, labels)
+        for name, figures in sorted(self._asker.figures.items() if self._asker else ()):
+            for result, count in sorted(figures.count.items()):
+                labels = {"rule": name, "result": result}
+                yield Sample("penstock_guardrails_asked_total", "counter", "Questions to others, by result.", count, labels)
+            words = "Seconds that questions to others took, in all."
+            yield Sample("penstock_guardrails_asked_seconds_total", "counter", words, figures.seconds, {"rule": name})
+
+
+def _visited(hold: Look | None, watch: Look | None, found: list[Finding], path: str, text: str, json: bool) -> str:
+    """One text of a request."""
+    if watch is not None:
+        watch.settled(text, json=json)
+    if hold is None or (settled := hold.settled(text, json=json)) is text:
+        return text
+    if settled is None:
+        raise ContentFiltered(found[-1], path)
+    return settled
+
+
+def _placeholders(call: Call) -> set[str]:
+    """What looks like a placeholder of ours and is the client's own."""
+    taken: set[str] = set()
+
+    def look(path: str, text: str, json: bool) -> str:
+        if "[" in text:
+            taken.update(PLACEHOLDER.findall(text))
+        return text
+
+    rewritten(call.request, look)
+    return taken
+
+
+def _characters(call: Call) -> int:
+    sizes: list[int] = []
+
+    def measure(path: str, text: str, json: bool) -> str:
+        sizes.append(len(text))
+        return text
+
+    rewritten(call.request, measure)
+    return sum(sizes)
+
+
+def _place(call: Call) -> str:
+    return {"chat": "messages", "completions": "prompt", "embeddings": "input"}[call.kind]
+
+
+def _window(one: Rule) -> float:
+    """Told at the end, it is asked once, at the end."""
+    assert one.outside is not None
+    return float("inf") if one.mode == "after" else one.outside.window
+
+
+__all__ = ["Guardrails"]

@@ -1,0 +1,122 @@
+"""One thing to look for: an expression, and what an expression cannot say.
+
+Strategy: `source` finds candidates; `extend` says how much further one goes (a key of any length, a PEM block to its end marker);
+`fit` judges it in its context and says where it ends, or that it is none (Luhn, mod 97). `Scanner` looks for several at once: one
+search for anything at all, one for the earliest text that could still become a match; only what is found is looked at rule by
+rule.
+The one rule: nothing is decided on text whose continuation could change it. A candidate that touches the end of the text is open,
+unless the text is over; `Seen.held` is the first character that may still belong to one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+from middleware.guardrails.rules.engine import Expression, any_of, compiled
+
+Fit = Callable[[str, int, int], int]
+Extend = Callable[[str, int], int]
+# Characters of a match; what could become a longer one is decided as it stands.
+MOST = 1000
+
+
+def alone(text: str, start: int, end: int) -> int:
+    """A match that no letter, digit or underscore touches."""
+    before, behind = text[start - 1 : start] if start else "", text[end : end + 1]
+    return 0 if before.isalnum() or before == "_" or behind.isalnum() or behind == "_" else end
+
+
+def anywhere(text: str, start: int, end: int) -> int:
+    return end
+
+
+@dataclass(frozen=True, slots=True)
+class Detector:
+    """name: of what it finds, as placeholders have it (`EMAIL`). fit: the end of the match, which may come before the
+    candidate's; 0: it is none. extend: where a candidate that ends here really ends. most: characters, at most."""
+
+    name: str
+    source: str
+    fit: Fit = alone
+    extend: Extend | None = None
+    most: int = MOST
+
+
+class Match(NamedTuple):
+    """Where it stands, and which of the scanner's detectors found it."""
+
+    start: int
+    end: int
+    which: int
+
+
+class Seen(NamedTuple):
+    """matches: decided, in order, none over another. held: what stands before is decided."""
+
+    matches: list[Match]
+    held: int
+
+
+class Scanner:
+    """Looks for all of some detectors. Where two find something at one place, the longer one counts, then the earlier in
+    order."""
+
+    def __init__(self, detectors: Sequence[Detector], re2: ModuleType | None) -> None:
+        self.detectors = tuple(detectors)
+        self._each: list[Expression] = [compiled(detector.source, re2) for detector in detectors]
+        self._all = any_of([detector.source for detector in detectors], re2)
+        self._least = min(detector.most for detector in detectors)
+
+    def scan(self, text: str, start: int, *, over: bool) -> Seen:
+        """Look at `text` from `start` on; before it stands context. over: nothing follows the text."""
+        held = len(text) if over else self._open(text, start)
+        if self._all.full.search(text, start) is None:
+            return Seen([], held)
+        found: list[Match] = []
+        for which, detector in enumerate(self.detectors):
+            held = min(held, self._matches(text, start, over, which, detector, found))
+        return self._settled(text, found, held, over)
+
+    def _open(self, text: str, start: int) -> int:
+        """The first character that a match may begin with which the text does not yet show."""
+        if (span := self._all.partial.search(text, start)) is None:
+            return len(text)
+        if len(text) - span[0] <= self._least:
+            return span[0]
+        return min(self._open_for(which, text, start) for which in range(len(self._each)))
+
+    def _open_for(self, which: int, text: str, start: int) -> int:
+        # Longer than a match can be: what it begins with is none any more.
+        first = max(start, len(text) - self.detectors[which].most)
+        span = self._each[which].partial.search(text, first)
+        return len(text) if span is None else span[0]
+
+    def _matches(self, text: str, start: int, over: bool, which: int, detector: Detector, found: list[Match]) -> int:
+        """Add one detector's matches; the beginning of the one that is still open, or the text's end."""
+        search = self._each[which].full.search
+        while (span := search(text, start)) is not None:
+            first, last = span
+            if detector.extend is not None:
+                last = detector.extend(text, last)
+            last = min(last, first + detector.most)
+            if last >= len(text) and not over and last - first < detector.most:
+                return first
+            if end := detector.fit(text, first, last):
+                found.append(Match(first, end, which))
+            start = end or first + 1
+        return len(text)
+
+    def _settled(self, text: str, found: list[Match], held: int, over: bool) -> Seen:
+        """Matches that begin before `held`, the first and longest of those that overlap."""
+        kept: list[Match] = []
+        for match in sorted(found, key=lambda match: (match.start, -match.end, match.which)):
+            if match.start >= held:
+                break
+            if not kept or match.start >= kept[-1].end:
+                kept.append(match)
+        if kept and kept[-1].end > held:
+            held = len(text) if over else self._open(text, kept[-1].end)
+        return Seen(kept, held)
