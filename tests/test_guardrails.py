@@ -377,6 +377,12 @@ async def test_redacted_input_is_put_back_wherever_the_placeholder_is_split() ->
         assert [delta["reasoning_content"] for delta in deltas if "reasoning_content" in delta] == ["It is [EMAIL_1]"]
 
 
+async def test_what_is_redacted_on_the_way_out_is_never_put_back() -> None:
+    pieces = words("jo@x.com ", "and [EMAIL_2], [EMAIL_1].")
+    answer, _ = await answered(pieces, RESTORE, user("I am me@x.com"))
+    assert answer.text == "[EMAIL_2] and [EMAIL_2], me@x.com."
+
+
 async def test_a_cached_reply_is_shared_by_those_whose_names_are_redacted_and_each_has_its_own_back() -> None:
     async with Upstream(stream(words("Dear [EMAIL_1], card ", CARD, "."))) as upstream:
         async with gateway(upstream.url, GUARDED, options=RESTORE) as running:

@@ -207,6 +207,13 @@ async def test_a_webhook_redacts_what_goes_in_and_what_comes_out() -> None:
     assert told(answer) == [{"id": "hook", "action": "redact", "on": side} for side in ("input", "output")]
 
 
+async def test_a_webhook_that_sees_the_text_before_again_redacts_it_once() -> None:
+    provider = Provider(words("It is", " a secret", " and", " a secret", " indeed."))
+    provider.judged = lambda text: {"action": "redact", "text": text.replace("secret", "***")}  # type: ignore[method-assign]
+    answer = await answered(provider, hooked("on: output, window: 6"))
+    assert (answer.text, answer.done) == ("It is a *** and a *** indeed.", True)
+
+
 async def test_what_others_are_asked_about_is_redacted_and_has_no_originals() -> None:
     provider = Provider(words("Dear [EMAIL_1], card ", "4111 1111 1111 1111."))
     options = "{{restore: true, rules: [email, card, {{kind: webhook, url: '{url}/judge'}}]}}"

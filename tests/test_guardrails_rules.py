@@ -35,9 +35,9 @@ def found(scanner: Scanner, text: str) -> list[tuple[str, str]]:
 
 @ENGINES
 @pytest.mark.parametrize(("name", "secret"), SECRETS)
-@pytest.mark.parametrize("around", ["{}", "It is {}.", "({})", "“{}”", "a\n{}\nb", "x: {}, y"])
-def test_every_rule_finds_what_it_is_for(re2: ModuleType | None, name: str, secret: str, around: str) -> None:
-    assert found(SCANNERS[re2], around.format(secret)) == [(name, secret)]
+def test_every_rule_finds_what_it_is_for(re2: ModuleType | None, name: str, secret: str) -> None:
+    for around in ("{}", "It is {}.", "({})", "“{}”", "a\n{}\nb", "x: {}, y"):
+        assert found(SCANNERS[re2], around.format(secret)) == [(name, secret)]
 
 
 @ENGINES
@@ -86,14 +86,12 @@ def cut(text: str, ends: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "secret"), SECRETS)
-@pytest.mark.parametrize("around", ["{}", "Write to {} today, or to nobody."])
-def test_redacted_wherever_it_is_split(name: str, secret: str, around: str) -> None:
-    text = around.format(secret)
-    for offset in range(1, len(text)):
-        out, _ = passed([text[:offset], text[offset:]], look())
-        assert "".join(out) == around.format(f"[{name}_1]")
-    out, _ = passed(list(text), look())
-    assert "".join(out) == around.format(f"[{name}_1]")
+def test_redacted_wherever_it_is_split(name: str, secret: str) -> None:
+    for around in ("{}", "Write to {} today, or to nobody."):
+        text, said = around.format(secret), around.format(f"[{name}_1]")
+        for offset in range(1, len(text)):
+            assert "".join(passed([text[:offset], text[offset:]], look())[0]) == said
+        assert "".join(passed(list(text), look())[0]) == said
 
 
 WORDS = st.sampled_from(

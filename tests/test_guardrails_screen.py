@@ -62,6 +62,8 @@ WAYS: list[tuple[str, Any]] = [
     ("refusal", lambda text: chunk({"refusal": text})),
     ("arguments", argument),
     ("input", lambda text: argument(text, 1, "custom")),
+    ("transcript", lambda text: chunk({"audio": {"transcript": text, "data": "jo@x.com"}})),
+    ("older call", lambda text: chunk({"function_call": {"arguments": text}})),
 ]
 PIECES = st.sampled_from(["Hi", " jo", "@", "exa", "mple.com", " 4111 ", "1111 1111", " 1111", ".", " and", "é", "😀", "\u200b"])
 ENDS = [chunk({}, 0, "stop"), chunk({}, 1, "stop")]
@@ -96,6 +98,8 @@ def said(completion: Json) -> dict[str, str]:
         "refusal": first.get("refusal"),
         "arguments": calls[0]["function"].get("arguments"),
         "input": calls[1]["custom"].get("input"),
+        "transcript": (first.get("audio") or {}).get("transcript"),
+        "older call": (first.get("function_call") or {}).get("arguments"),
     }
     return {name: re.sub(r"_\d+\]", "]", text or "") for name, text in texts.items()}
 
@@ -109,7 +113,7 @@ def test_every_text_is_what_it_would_be_by_itself(mixed: list[tuple[int, str]], 
     chunks = [opened(), opened(1, kind="custom"), *(WAYS[way][1](text) for way, text in mixed)]
     whole = {name: "".join(text for at, text in mixed if WAYS[at][0] == name) for name, _ in WAYS}
     out = run(Screen(look(), None), chunks, sizes, spelling)
-    expected = {name: look().settled(text, json=name == "arguments") or "" for name, text in whole.items()}
+    expected = {name: look().settled(text, json=name in ("arguments", "older call")) or "" for name, text in whole.items()}
     assert said(fold(out, None)) == {name: re.sub(r"_\d+\]", "]", text) for name, text in expected.items()}
     assert [choice["finish_reason"] for one in out[-2:] for choice in one["choices"]] == ["stop", "stop"]
 

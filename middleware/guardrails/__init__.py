@@ -11,6 +11,7 @@ The one rule: under `hold_back` no part of a match is ever sent; and nothing tha
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from middleware.guardrails.rules.words import Allowed
 from middleware.guardrails.screen import Screen
 from middleware.guardrails.verdict import ContentFiltered, Finding, header
 from proxy.call import Call, altered
-from proxy.errors import why_cancelled
+from proxy.errors import GatewayError, Outcome, why_cancelled
 from proxy.estimate import estimated_input
 from proxy.fold import unfolded
 from proxy.own_fields import OwnFields
@@ -195,7 +196,7 @@ class Guardrails:
             await guarded.start()
         except BaseException as error:
             await guarded.aclose()
-            await reply.close(getattr(error, "outcome", None) or why_cancelled(error))
+            await reply.close(_why(error))
             raise
         return altered(reply, chunks=guarded)
 
@@ -268,6 +269,12 @@ def _characters(call: Call) -> int:
 
 def _place(call: Call) -> str:
     return {"chat": "messages", "completions": "prompt", "embeddings": "input"}[call.kind]
+
+
+def _why(error: BaseException) -> Outcome:
+    if isinstance(error, GatewayError):
+        return error.outcome
+    return why_cancelled(error) if isinstance(error, asyncio.CancelledError) else Outcome.GATEWAY_ERROR
 
 
 def _window(one: Rule) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 Json = dict[str, Any]
 Visit = Callable[[str, str, bool], str]
 
-PLACES = ("messages", "prompt", "input", "suffix")
+PLACES = ("messages", "prompt", "input", "suffix", "prediction")
 DEEPER = ("content", "tool_calls", "function", "custom", "function_call", "reasoning_details")
 
 

@@ -21,6 +21,9 @@ from proxy.text_events import escaped as json_escaped
 
 # Characters before what is looked at, which rules may want to see.
 CONTEXT = 8
+# A match that is open for so many characters is only looked at again when it has grown by so many: a key of 16 KiB in single
+# tokens would be read thousands of times.
+LONG, GROWN = 1024, 256
 # A piece is split where so many of its characters may go and the rest may not.
 WORTH = 16
 
@@ -76,7 +79,7 @@ class Channel:
         self._half = ""
         self._last: Part | Encoded | None = None
         self._text = ""
-        self._seen = 0
+        self._seen = self._enough = 0
         self._edits: list[Edit] = []
         self._pieces: deque[Piece] = deque()
         self.blocked = False
@@ -98,7 +101,10 @@ class Channel:
             half, self._half = self._half, ""
             self._pieces.append(Piece(self._last, Read(half), len(self._text), False))
             self._text += half
+        if not over and len(self._text) - self._seen > LONG and len(self._text) < self._enough:
+            return []
         judged = self._look.judge(self._text, self._seen, over=over)
+        self._enough = len(self._text) + GROWN
         self._edits += judged.edits
         self._seen = judged.held
         out: list[Item] = []
@@ -159,6 +165,7 @@ class Channel:
             return
         self._text = self._text[cut:]
         self._seen -= cut
+        self._enough -= cut
         for piece in self._pieces:
             piece.start -= cut
         self._edits = [edit._replace(start=edit.start - cut, end=edit.end - cut) for edit in self._edits if edit.end > keep]

@@ -82,9 +82,9 @@ class Policy:
         mine = [rule for rule in rules if rule.detectors and (rule.input if side == "input" else rule.output)]
         holds = [rule for rule in mine if rule.action != "flag" and (rule.holds or side == "input")]
         back = [Watched(OWN, None, "redact")] if restore and side == "output" else []
-        hold = self._look(
-            _watched([rule for rule in holds if rule.action == "block"], holds) + back, side, vault, report, restore
-        )
+        blocks = [rule for rule in holds if rule.action == "block"]
+        # What is redacted on the way out is never put back, whatever the model says later.
+        hold = self._look(_watched(blocks, holds) + back, side, vault, report, restore and side == "input")
         return hold, self._look(_watched([], [rule for rule in mine if rule not in holds]), side, vault, report, False)
 
     def _look(self, watched: list[Watched], side: Side, vault: Vault, report: Report, back: bool) -> Look | None:

@@ -77,22 +77,27 @@ class Gate:
         asked = {key: self._before.get(key, "") + text for key, text in texts.items() if text}
         answers = await asyncio.gather(*(self._ask(rule, list(asked.values())) for rule in self._rules)) if asked else []
         finding: Finding | None = None
+        went = dict(asked)
         for rule, said in zip(self._rules, answers, strict=False):
             for key, answer in zip(asked, said, strict=True):
                 if answer.caught:
-                    items, found = self._caught(rule, key, answer, items, self._before.get(key, ""))
+                    items, found = self._caught(rule, key, answer, items, went)
                     finding = finding or found
-        self._before |= {key: text[-OVERLAP:] for key, text in asked.items()}
+        self._before |= {key: text[-OVERLAP:] for key, text in went.items()}
         self._task = None
         self._gone(Gone([] if finding else items, finding))
         if finding is None:
             self.turn()
 
-    def _caught(self, rule: Rule, key: Key, said: Said, items: list[Item], before: str) -> tuple[list[Item], Finding | None]:
-        """The items as they may go on, or what ends the reply: a block, or a redaction that comes too late."""
-        action = rule.action
+    def _caught(
+        self, rule: Rule, key: Key, said: Said, items: list[Item], went: dict[Key, str]
+    ) -> tuple[list[Item], Finding | None]:
+        """The items as they may go on, or what ends the reply: a block, or a redaction that comes too late. went: the texts as
+        they go out."""
+        action, before = rule.action, self._before.get(key, "")
         if action != "flag" and said.text is not None and self.holds and said.text.startswith(before):
             self._report(Finding(rule.id, "redact", "output"))
+            went[key] = said.text
             return replaced(items, key, said.text[len(before) :]), None
         finding = Finding(rule.id, "flag" if action == "flag" or rule.mode == "after" else "block", "output")
         self._report(finding)

@@ -16,15 +16,13 @@ import orjson
 from middleware.guardrails.channel import CONTEXT, Channel, Encoded
 from middleware.guardrails.edits import Look
 from middleware.guardrails.rules.reading import plain
-from middleware.guardrails.texts import Key, Part, parts
+from middleware.guardrails.texts import OPAQUE, Key, Part, parts
 from proxy.reply import Batch, Chunk, Item, Run, single_events
 from proxy.text_events import TextEvents
 
 Json = dict[str, Any]
 # Told of text that goes out, by where it stands.
 Told = Callable[[Key, str], None]
-# Never text: a role, what names or numbers something, and what is encrypted.
-OPAQUE = frozenset({"id", "type", "format", "index", "data", "signature", "encrypted_content", "b64_json"})
 
 
 class Screen:
@@ -53,7 +51,8 @@ class Screen:
                 self._chunk(item)
             if self.blocked:
                 break
-        self._settle()
+        if not self.blocked:
+            self._settle(over=batch.final)
         out, self._out = self._out, []
         return out
 
@@ -214,4 +213,4 @@ def _finishes(chunk: Chunk) -> bool:
 
 def _json(key: Key) -> bool:
     """Arguments of a function are JSON; the input of a custom tool is not."""
-    return key[1] == "tool_calls.function"
+    return key[1] in ("tool_calls.function", "function_call.arguments")

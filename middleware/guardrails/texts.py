@@ -18,6 +18,8 @@ Json = dict[str, Any]
 
 TOOL_TEXT = {"function": "arguments", "custom": "input"}
 REASONING = "reasoning_content"
+# Never text: what names or numbers something, and what is encrypted or no text at all.
+OPAQUE = frozenset({"id", "type", "format", "index", "data", "signature", "encrypted_content", "b64_json"})
 # Which choice, which field, and which entry of it: one text of a reply, over all its chunks.
 Key = tuple[int, str, int]
 
@@ -48,11 +50,18 @@ def _texts(choice: Json) -> list[tuple[Key, str]]:
                 found.append(((index, name, 0), value))
         elif name == "tool_calls":
             found += [((index, f"{name}.{kind}", call.get("index", 0)), text) for call in value for kind, text in _said(call)]
+        elif isinstance(value, dict):
+            found += [((index, f"{name}.{inside}", 0), value[inside]) for inside in _inside(value)]
         elif name == "reasoning_details":
             entries = [(entry.get("index") or 0, text) for entry in value for text in _thought(entry)]
             if [text for _, text in entries] != [delta.get(REASONING)]:
                 found += [((index, name, number), text) for number, text in entries]
     return found
+
+
+def _inside(value: Json) -> list[str]:
+    """The texts of an object that grows: arguments of the older `function_call`, the transcript of audio."""
+    return [name for name, text in value.items() if isinstance(text, str) and text and name not in OPAQUE and name != "name"]
 
 
 def _said(call: Json) -> Iterator[tuple[str, str]]:
@@ -94,6 +103,8 @@ def _apart(chunk: Chunk, found: list[tuple[int, Key, str]]) -> Iterator[Part]:
 def _is_text(name: str, value: Any) -> bool:
     if name in ("tool_calls", "reasoning_details"):
         return True
+    if isinstance(value, dict):
+        return bool(_inside(value))
     return isinstance(value, str) and name != "role" and bool(value)
 
 
@@ -106,6 +117,11 @@ def _delta(delta: Json, key: Key, text: str) -> Json:
         return {name: [call]}
     if name == "reasoning_details":
         return {name: [entry for entry in delta[name] if (entry.get("index") or 0) == number and text in _thought(entry)][:1]}
+    if kind:
+        value, texts = delta[name], _inside(delta[name])
+        # What is no text goes with the first.
+        beside = {inside: found for inside, found in value.items() if inside not in texts} if kind == texts[0] else {}
+        return {name: {**beside, kind: text}}
     twins = delta.get("reasoning_details") if name == REASONING else None
     if twins and [said for entry in twins for said in _thought(entry)] == [text]:
         return {name: text, "reasoning_details": twins}
@@ -121,11 +137,13 @@ def with_text(part: Part, text: str) -> Chunk | None:
     delta = dict(choice["delta"])
     if name == "tool_calls":
         delta[name] = [_call_with(call, kind, text) for call in delta[name]]
+    elif kind:
+        delta[name] = {**delta[name], kind: text}
     elif name != "reasoning_details":
         delta[name] = text
     if "reasoning_details" in delta and name in (REASONING, "reasoning_details"):
         delta["reasoning_details"] = [_thought_with(entry, text) for entry in delta["reasoning_details"]]
-    if not text and name != "tool_calls":
+    if not text and not kind:
         delta = {key: value for key, value in delta.items() if key not in (name, "reasoning_details")}
         if not delta and not choice.get("finish_reason"):
             return None
