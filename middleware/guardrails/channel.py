@@ -19,8 +19,8 @@ from proxy.reply import Item
 from proxy.text_events import bare
 from proxy.text_events import escaped as json_escaped
 
-# Characters before what is looked at, which rules may want to see.
-CONTEXT = 8
+# Characters before what is looked at, which rules may want to see; and how many more there must be to be worth a cut.
+CONTEXT, TRIMMED = 8, 64
 # A match that is open for so many characters is only looked at again when it has grown by so many: a key of 16 KiB in single
 # tokens would be read thousands of times.
 LONG, GROWN = 1024, 256
@@ -86,8 +86,12 @@ class Channel:
 
     def add(self, source: Part | Encoded, text: str) -> None:
         """A further piece; `settle` says what may go."""
-        came, json = text, self._quotes is not None
         self._last = source
+        if self._quotes is None and not self._half and text.isascii():
+            self._pieces.append(Piece(source, Read(text), len(self._text), True))
+            self._text += text
+            return
+        came, json = text, self._quotes is not None
         text = self._half + text
         cut = whole(text, json=json)
         text, self._half = text[:cut], text[cut:]
@@ -105,7 +109,8 @@ class Channel:
             return []
         judged = self._look.judge(self._text, self._seen, over=over)
         self._enough = len(self._text) + GROWN
-        self._edits += judged.edits
+        if judged.edits:
+            self._edits += judged.edits
         self._seen = judged.held
         out: list[Item] = []
         if judged.blocked is not None:
@@ -125,6 +130,9 @@ class Channel:
             self._split(pieces[0], held, out)
 
     def _go(self, piece: Piece, out: list[Item]) -> None:
+        if not self._edits and piece.whole and self._quotes is None and self._told is None:
+            out.append(piece.original)  # nearly always
+            return
         begin, end, size = piece.start, piece.end, len(piece.read.text)
         if piece.whole and not any(edit.start < end and edit.end > begin for edit in self._edits):
             if self._quotes is not None:
@@ -161,7 +169,7 @@ class Channel:
         """Keep what waits, and a little before it."""
         keep = min(self._pieces[0].start if self._pieces else len(self._text), self._seen)
         cut = keep - CONTEXT
-        if cut <= 0:
+        if cut < TRIMMED:
             return
         self._text = self._text[cut:]
         self._seen -= cut

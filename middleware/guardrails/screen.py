@@ -31,7 +31,8 @@ class Screen:
     def __init__(self, hold: Look | None, watch: Look | None, told: Told | None = None) -> None:
         self._hold, self._watch, self._told = hold, watch, told
         self._events = TextEvents()
-        self._indexes: dict[bytes, int] = {}
+        # By what stands before the text: where the events of a stream belong.
+        self._keys: dict[bytes, Key] = {}
         self._channels: dict[Key, Channel] = {}
         self._touched: dict[Key, Channel] = {}
         self._watched: dict[Key, Watching] = {}
@@ -62,13 +63,14 @@ class Screen:
         if text is None:
             self._chunk(orjson.loads(event[event.index(b"data: ") + 6 : -2]))
             return
-        index = self._indexes.get(events.head)
-        if index is None:
-            if len(self._indexes) > 64:
-                self._indexes.clear()
-            index = self._indexes[events.head] = orjson.loads(event[event.index(b"data: ") + 6 : -2])["choices"][0]["index"]
+        key = self._keys.get(events.head)
+        if key is None:
+            if len(self._keys) > 64:
+                self._keys.clear()
+            index = orjson.loads(event[event.index(b"data: ") + 6 : -2])["choices"][0]["index"]
+            key = self._keys[events.head] = (index, "content", 0)
         said: str = orjson.loads(b'"%b"' % text) if b"\\" in text else text.decode()
-        self._text((index, "content", 0), Encoded(event, events.head, events.tail), said)
+        self._text(key, Encoded(event, events.head, events.tail), said)
 
     def _chunk(self, chunk: Chunk) -> None:
         for part in parts(chunk):

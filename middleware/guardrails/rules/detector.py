@@ -72,9 +72,14 @@ class Scanner:
 
     def scan(self, text: str, start: int, *, over: bool) -> Seen:
         """Look at `text` from `start` on; before it stands context. over: nothing follows the text."""
+        if over:
+            if self._all.full.search(text, start) is None:
+                return Seen([], len(text))
+        elif (span := self._all.either.search(text, start)) is None:
+            return Seen([], len(text))
+        elif span[1] == len(text) and len(text) - span[0] <= self._least:
+            return Seen([], span[0])  # the usual case, with one search
         held = len(text) if over else self._open(text, start)
-        if self._all.full.search(text, start) is None:
-            return Seen([], held)
         found: list[Match] = []
         for which, detector in enumerate(self.detectors):
             held = min(held, self._matches(text, start, over, which, detector, found))

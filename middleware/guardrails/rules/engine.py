@@ -42,13 +42,19 @@ def compiled(source: str, re2: ModuleType | None) -> Expression:
     return Expression(searcher(found.full, re2), searcher(found.partial, re2))
 
 
-def any_of(sources: list[str], re2: ModuleType | None) -> Expression:
-    """Several at once, for a first look."""
+@dataclass(frozen=True, slots=True)
+class Several(Expression):
+    """Several at once, for a first look. either: finds the leftmost of both, at one place what could still become a match; so
+    where what it finds reaches the end, no match begins before it."""
+
+    either: Search
+
+
+def any_of(sources: list[str], re2: ModuleType | None) -> Several:
     found = [written(source, re2=re2 is not None) for source in sources]
-    full, partial = (
-        "|".join(f"(?:{_inline(text)})" for text in texts) for texts in ([f.full for f in found], [f.partial for f in found])
-    )
-    return Expression(searcher(full, re2), searcher(partial, re2))
+    full = "|".join(f"(?:{_inline(one.full)})" for one in found)
+    partial = "|".join(f"(?:{_inline(one.partial)})" for one in found)
+    return Several(searcher(full, re2), searcher(partial, re2), searcher(f"{partial}|{full}", re2))
 
 
 def _inline(text: str) -> str:
