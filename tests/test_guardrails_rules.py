@@ -137,6 +137,14 @@ def test_prose_flows_with_at_most_a_word_behind(ends: list[int]) -> None:
     assert channel.settle(over=True) is not None
 
 
+@given(
+    text=st.lists(st.sampled_from(["555-234-5678", "a@b.io", "-", ".", " ", "5", "123-45-6789", "4111 1111 1111 1111", "x",
+    "+4"]), max_size=9).map("".join), ends=st.lists(st.integers(1, 120), max_size=12),
+)  # fmt: skip
+def test_matches_beside_and_over_one_another_do_not_depend_on_the_pieces(text: str, ends: list[int]) -> None:
+    assert "".join(passed(cut(text, ends), look())[0]) == look().settled(text)
+
+
 def test_pieces_that_nothing_was_done_to_are_the_ones_that_came() -> None:
     said = ["Hello", " there", ", write", " to", " jo@example.com", " or", " call"]
     channel, parts, out = Channel(look()), [piece(text) for text in said], []

@@ -1,5 +1,5 @@
-"""The commands of docs/smoothing.md, docs/bounds.md, docs/tools.md and docs/guardrails.md do what is written beneath them, with the
-lines of the shipped config.yaml switched on."""
+"""The commands of docs/smoothing.md, docs/bounds.md, docs/tools.md and docs/guardrails.md do what is written beneath them, with
+the lines of the shipped config.yaml switched on."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ class Screen:
 
     def see(self, batch: Batch) -> list[Item]:
         """What may go out now. Sets `blocked` where nothing more may."""
-        for item in batch.items:
+        # Numbered events, whose numbers would not fit any more, are taken as chunks.
+        for item in batch.items if batch.number is None else batch.chunks:
             if isinstance(item, Run):
                 for event in single_events(item):
                     self._event(event)

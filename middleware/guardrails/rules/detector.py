@@ -36,13 +36,15 @@ def anywhere(text: str, start: int, end: int) -> int:
 @dataclass(frozen=True, slots=True)
 class Detector:
     """name: of what it finds, as placeholders have it (`EMAIL`). fit: the end of the match, which may come before the
-    candidate's; 0: it is none. extend: where a candidate that ends here really ends. most: characters, at most."""
+    candidate's; 0: it is none. extend: where a candidate that ends here really ends. most: characters, at most.
+    ahead: characters behind a match that `fit` may look at."""
 
     name: str
     source: str
     fit: Fit = alone
     extend: Extend | None = None
     most: int = MOST
+    ahead: int = 1
 
 
 class Match(NamedTuple):
@@ -79,11 +81,26 @@ class Scanner:
             return Seen([], len(text))
         elif span[1] == len(text) and len(text) - span[0] <= self._least:
             return Seen([], span[0])  # the usual case, with one search
-        held = len(text) if over else self._open(text, start)
-        found: list[Match] = []
-        for which, detector in enumerate(self.detectors):
-            held = min(held, self._matches(text, start, over, which, detector, found))
-        return self._settled(text, found, held, over)
+        return self._one_by_one(text, start, over)
+
+    def _one_by_one(self, text: str, start: int, over: bool) -> Seen:
+        """The leftmost match of all, the longest of those, then from its end on the next: the same whatever the pieces were."""
+        matches: list[Match] = []
+        nexts = [self._next(which, text, start, over) for which in range(len(self._each))]
+        unseen = len(text) if over else self._open(text, start)
+        while True:
+            held = min([unseen, *(match.start for match in nexts if match is not None and match.end < 0)])
+            decided = [match for match in nexts if match is not None and match.end >= 0]
+            first = min(decided, key=lambda match: (match.start, -match.end, match.which), default=None)
+            if first is None or first.start >= held:
+                return Seen(matches, held)
+            matches.append(first)
+            nexts = [
+                self._next(which, text, first.end, over) if match is not None and match.start < first.end else match
+                for which, match in enumerate(nexts)
+            ]
+            if unseen < first.end:
+                unseen = self._open(text, first.end)
 
     def _open(self, text: str, start: int) -> int:
         """The first character that a match may begin with which the text does not yet show."""
@@ -99,29 +116,17 @@ class Scanner:
         span = self._each[which].partial.search(text, first)
         return len(text) if span is None else span[0]
 
-    def _matches(self, text: str, start: int, over: bool, which: int, detector: Detector, found: list[Match]) -> int:
-        """Add one detector's matches; the beginning of the one that is still open, or the text's end."""
-        search = self._each[which].full.search
+    def _next(self, which: int, text: str, start: int, over: bool) -> Match | None:
+        """One detector's next match; its end is negative where it is still open."""
+        detector, search = self.detectors[which], self._each[which].full.search
         while (span := search(text, start)) is not None:
             first, last = span
             if detector.extend is not None:
                 last = detector.extend(text, last)
             last = min(last, first + detector.most)
-            if last >= len(text) and not over and last - first < detector.most:
-                return first
+            if not over and last + detector.ahead > len(text) and last - first < detector.most:
+                return Match(first, -1, which)
             if end := detector.fit(text, first, last):
-                found.append(Match(first, end, which))
-            start = end or first + 1
-        return len(text)
-
-    def _settled(self, text: str, found: list[Match], held: int, over: bool) -> Seen:
-        """Matches that begin before `held`, the first and longest of those that overlap."""
-        kept: list[Match] = []
-        for match in sorted(found, key=lambda match: (match.start, -match.end, match.which)):
-            if match.start >= held:
-                break
-            if not kept or match.start >= kept[-1].end:
-                kept.append(match)
-        if kept and kept[-1].end > held:
-            held = len(text) if over else self._open(text, kept[-1].end)
-        return Seen(kept, held)
+                return Match(first, end, which)
+            start = first + 1
+        return None
