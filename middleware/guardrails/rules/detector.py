@@ -123,8 +123,9 @@ class Scanner:
             first, last = span
             if detector.extend is not None:
                 last = detector.extend(text, last)
-            last = min(last, first + detector.most)
-            if not over and last + detector.ahead > len(text) and last - first < detector.most:
+            if last - first > detector.most:
+                last = first + detector.most  # it is taken as it stands
+            elif not over and last + detector.ahead > len(text):
                 return Match(first, -1, which)
             if end := detector.fit(text, first, last):
                 return Match(first, end, which)

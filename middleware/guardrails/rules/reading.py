@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 # Soft hyphen, zero-width space and joiners, direction marks, word joiner, byte order mark.
 INVISIBLE = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
+NOTHING = INVISIBLE[1]
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2212\ufe63"
 SPACES = "\u00a0\u2002\u2003\u2007\u2009\u202f\u3000"
 
@@ -33,6 +34,8 @@ HIDDEN = re.compile(f"[{INVISIBLE}]")
 ESCAPE = re.compile(r'\\(?:u[0-9A-Fa-f]{4}|["\\/bfnrt])')
 # The beginning of an escape at the end of what has come.
 HALF = re.compile(r"\\(?:u[0-9A-Fa-f]{0,3})?\Z")
+# What has no width, as JSON may spell it, at the end of what has come.
+UNSEEN = re.compile(rf"(?:[{INVISIBLE}]|\\u(?:00ad|200[b-f]|2060|feff))+\Z", re.IGNORECASE)
 SHORT = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 
@@ -69,7 +72,7 @@ def whole(text: str, *, json: bool) -> int:
     """How much of what has come can be read: what has no width waits for what follows, half an escape for its other half."""
     if not json:
         return len(text) if text.isascii() else len(text.rstrip(INVISIBLE))
-    return whole_escapes(text)
+    return whole_escapes(UNSEEN.sub("", text[: whole_escapes(text)]))
 
 
 def whole_escapes(text: str) -> int:
@@ -92,7 +95,7 @@ def _meant(escape: str) -> str:
 
 
 def _joined(pairs: list[tuple[str, str]]) -> Read:
-    """Characters without width are spelled with the one behind them, at the end with the one before."""
+    """Characters without width are spelled with the one behind them; at the end they are one that no rule looks for."""
     text: list[str] = []
     spelled: list[str] = []
     waiting = ""
@@ -104,8 +107,7 @@ def _joined(pairs: list[tuple[str, str]]) -> Read:
             text.append("\ufffd" if "\ud800" <= read <= "\udfff" else read)
             spelled.append(waiting + spelling)
             waiting = ""
-    if waiting and not text:
-        return Read(" ", [waiting])
     if waiting:
-        spelled[-1] += waiting
+        text.append(NOTHING)
+        spelled.append(waiting)
     return Read("".join(text), spelled)
