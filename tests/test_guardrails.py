@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from typing import Any
 
 import aiohttp
@@ -498,6 +499,15 @@ def test_what_cannot_be_meant_is_refused_at_start(rules: str, words: str) -> Non
     with pytest.raises(ConfigError) as caught:
         parse(GUARDED.format(url="http://127.0.0.1:9", options="{rules: " + rules + "}"), {}, TABLE)
     assert words in str(caught.value)
+
+
+async def test_without_re2_built_in_rules_serve_and_own_expressions_are_refused_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "re2", None)
+    with pytest.raises(ConfigError, match=r"pip install 'penstock\[guardrails\]'"):
+        parse(GUARDED.format(url="http://127.0.0.1:9", options="{rules: [{kind: regex, pattern: x}]}"), {}, TABLE)
+    assert (await answered(words("Mail jo@", "x.com."), REDACT))[0].text == "Mail [EMAIL_1]."
 
 
 async def test_allowed_values_pass_every_rule() -> None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
-from middleware import TABLE
 from middleware.guardrails.options import Outside
 from middleware.guardrails.outside import Said, flagged, said
-from proxy.app import Gateway
-from proxy.config import parse
 from tests.support.gateway import CONFIG, Answer, ask, chat, gateway, until
 from tests.support.rawclient import connected
 from tests.support.upstream import Asked, Line, Upstream, stream, whole
 from tests.test_guardrails import END, completion, event, metrics, told, user, words
 
 Json = dict[str, Any]
+ROOT = Path(__file__).parent.parent
 GUARDED = CONFIG.replace("  - tracking\n", "  - metrics\n  - tracking\n  - guardrails: {options}\n")
 
 
@@ -261,13 +262,19 @@ async def test_orq_s_moderations_ask_where_the_operator_s_rule_asks() -> None:
     assert (await answered(provider, options, user("hate"))).status == 200
 
 
-async def test_moderations_that_lead_nowhere_are_refused_at_start() -> None:
-    for target, why in (("nobody/omni", "nobody"), ("anthropic/m", "api: openai")):
-        options = "{rules: [{kind: moderations, moderations: %s}]}" % target  # noqa: UP031 - braces
-        config = parse(GUARDED.format(url="http://127.0.0.1:9", options=options), {}, TABLE)
-        with pytest.raises(Exception, match=why):
-            async with Gateway(config):
-                pass
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("nobody/omni", "The model 'nobody/omni' does not exist. There is no provider 'nobody'."),
+        ("anthropic/m", "'anthropic/m' cannot be asked, its provider is not of api: openai."),
+    ],
+)
+def test_moderations_that_lead_nowhere_are_refused_at_start(target: str, why: str, tmp_path: Path) -> None:
+    options = f"{{rules: [{{kind: moderations, moderations: {target}}}]}}"
+    (tmp_path / "config.yaml").write_text(GUARDED.format(url="http://127.0.0.1:9", options=options))
+    command = [sys.executable, "-m", "proxy", "serve", "-c", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (1, f"penstock: cannot start: guardrails: moderations: {why}\n")
 
 
 async def test_a_whole_reply_is_judged_whole() -> None:

@@ -89,6 +89,8 @@ class Guardrails:
 
     def adopt(self, previous: Guardrails) -> None:
         self._counts = previous._counts
+        if self._asker is not None and previous._asker is not None:
+            self._asker.figures = previous._asker.figures
 
     def admit(self, call: Call, own: OwnFields) -> Call:
         """Read `guardrails` and `plugins`. Raises Refused with the path."""

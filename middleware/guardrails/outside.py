@@ -95,11 +95,14 @@ class Asker:
 
     def _target(self, name: str) -> Target:
         assert self._route is not None
-        target = self._route(name).targets[0]
+        try:
+            target = self._route(name).targets[0]
+        except Refused as error:
+            raise Refused(f"guardrails: moderations: {error.message}") from None
         provider: Provider = target.provider
         if provider.missing or provider.api != "openai":
             why = f"its variable {provider.missing} is not set" if provider.missing else "its provider is not of api: openai"
-            raise Refused(f"moderations '{name}': {why}.", code="invalid_value", param="guardrails")
+            raise Refused(f"guardrails: moderations: '{name}' cannot be asked, {why}.")
         return target
 
     async def _post(self, url: str, fields: Mapping[str, str], body: Json, seconds: float) -> Json:
