@@ -215,6 +215,15 @@ async def test_a_webhook_that_sees_the_text_before_again_redacts_it_once() -> No
     assert (answer.text, answer.done) == ("It is a *** and a *** indeed.", True)
 
 
+async def test_what_waits_for_a_verdict_is_not_sent_where_a_pattern_blocks() -> None:
+    provider = Provider(words("One two three. ", "Now ", "titan ", "and "))
+    options = "{{rules: [{{kind: deny, words: [titan]}}, {{kind: webhook, url: '{url}/judge', on: output}}]}}"
+    answer = await answered(provider, options)
+    assert answer.status == 400
+    assert "judge" not in provider.asked
+    assert b"One" not in answer.body
+
+
 async def test_what_others_are_asked_about_is_redacted_and_has_no_originals() -> None:
     provider = Provider(words("Dear [EMAIL_1], card ", "4111 1111 1111 1111."))
     options = "{{restore: true, rules: [email, card, {{kind: webhook, url: '{url}/judge'}}]}}"

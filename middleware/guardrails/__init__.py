@@ -14,13 +14,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
-from middleware.guardrails.asked import rewritten
-from middleware.guardrails.edits import PLACEHOLDER, Look, Vault
+from middleware.guardrails.edits import Vault
 from middleware.guardrails.flow import Guarded
+from middleware.guardrails.incoming import Passing, let_in
 from middleware.guardrails.options import Kind, Rule, RuleOptions, rule
 from middleware.guardrails.outside import Asker
 from middleware.guardrails.policy import PLUGIN, Asked, Policy
@@ -28,10 +27,9 @@ from middleware.guardrails.rounds import Gate
 from middleware.guardrails.rules.engine import installed
 from middleware.guardrails.rules.words import Allowed
 from middleware.guardrails.screen import Screen
-from middleware.guardrails.verdict import ContentFiltered, Finding, header
+from middleware.guardrails.verdict import Finding, header
 from proxy.call import Call, altered
 from proxy.errors import GatewayError, Outcome, why_cancelled
-from proxy.estimate import estimated_input
 from proxy.fold import unfolded
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Handler, Sample, Surroundings
@@ -39,16 +37,6 @@ from proxy.reply import Reply
 from proxy.units import Between
 
 HEADER = "X-Penstock-Guardrails"
-
-
-@dataclass(slots=True)
-class Passing:
-    """One request on its way: what holds for it, what was found, and what its placeholders stand for."""
-
-    rules: tuple[Rule, ...]
-    restore: bool
-    vault: Vault
-    found: list[Finding]
 
 
 class Guardrails:
@@ -111,68 +99,13 @@ class Guardrails:
             return await next(call)
         restore = self._policy.restore or (asked is not None and asked.restore)
         passing = Passing(rules, restore, Vault(), [])
-        call = await self._let_in(call, passing)
+        call = await let_in(call, passing, self._policy, self._asker, partial(self._report, passing.found))
         reply = await next(call)
         if reply.head.status != 200:
             return reply
         if passing.found:
             reply = reply.with_head(headers={**reply.head.headers, HEADER: header(passing.found)})
         return reply if call.kind == "embeddings" else await self._let_out(call, reply, passing)
-
-    # In
-
-    async def _let_in(self, call: Call, passing: Passing) -> Call:
-        """The call with its texts as the rules want them. Raises ContentFiltered."""
-        report = partial(self._report, passing.found)
-        if not any(rule.input for rule in passing.rules):
-            return call
-        self._measure(call, passing.rules, report)
-        passing.vault = Vault(_placeholders(call))
-        hold, watch = self._policy.looks(passing.rules, "input", passing.vault, report, passing.restore)
-        if hold is not None or watch is not None:
-            request = rewritten(call.request, partial(_visited, hold, watch, passing.found))
-            call = call if request is call.request else altered(call, request=request)
-        for one in passing.rules:
-            if one.outside is not None and one.input:
-                call = await self._asked_about(call, one, report)
-        return call
-
-    def _measure(self, call: Call, rules: Sequence[Rule], report: Any) -> None:
-        for one in rules:
-            if one.longest is None:
-                continue
-            characters, tokens = one.longest
-            if (characters is not None and _characters(call) > characters) or (
-                tokens is not None and estimated_input(call.request) > tokens
-            ):
-                finding = Finding(one.id, one.action, "input")
-                report(finding)
-                if one.action == "block":
-                    raise ContentFiltered(finding, _place(call))
-
-    async def _asked_about(self, call: Call, one: Rule, report: Any) -> Call:
-        """Ask somebody about all texts of the request."""
-        assert self._asker is not None
-        texts: dict[str, str] = {}
-        rewritten(call.request, lambda path, text, json: texts.setdefault(path, text) if text else text)
-        if not texts:
-            return call
-        answers = dict(zip(texts, await self._asker.ask(one, list(texts.values()), "input", call.id), strict=True))
-        for path, answer in answers.items():
-            if not answer.caught:
-                continue
-            action = "redact" if one.action != "flag" and answer.text is not None else "flag" if one.action == "flag" else "block"
-            finding = Finding(one.id, action, "input")  # type: ignore[arg-type]
-            report(finding)
-            if action == "block":
-                raise ContentFiltered(finding, path)
-
-        def instead(path: str, text: str, json: bool) -> str:
-            answer = answers.get(path)
-            return text if answer is None or answer.text is None or one.action == "flag" else answer.text
-
-        request = rewritten(call.request, instead)
-        return call if request is call.request else altered(call, request=request)
 
     # Out
 
@@ -232,45 +165,6 @@ class Guardrails:
                 yield Sample("penstock_guardrails_asked_total", "counter", "Questions to others, by result.", count, labels)
             words = "Seconds that questions to others took, in all."
             yield Sample("penstock_guardrails_asked_seconds_total", "counter", words, figures.seconds, {"rule": name})
-
-
-def _visited(hold: Look | None, watch: Look | None, found: list[Finding], path: str, text: str, json: bool) -> str:
-    """One text of a request."""
-    if watch is not None:
-        watch.settled(text, json=json)
-    if hold is None or (settled := hold.settled(text, json=json)) is text:
-        return text
-    if settled is None:
-        raise ContentFiltered(found[-1], path)
-    return settled
-
-
-def _placeholders(call: Call) -> set[str]:
-    """What looks like a placeholder of ours and is the client's own."""
-    taken: set[str] = set()
-
-    def look(path: str, text: str, json: bool) -> str:
-        if "[" in text:
-            taken.update(PLACEHOLDER.findall(text))
-        return text
-
-    rewritten(call.request, look)
-    return taken
-
-
-def _characters(call: Call) -> int:
-    sizes: list[int] = []
-
-    def measure(path: str, text: str, json: bool) -> str:
-        sizes.append(len(text))
-        return text
-
-    rewritten(call.request, measure)
-    return sum(sizes)
-
-
-def _place(call: Call) -> str:
-    return {"chat": "messages", "completions": "prompt", "embeddings": "input"}[call.kind]
 
 
 def _why(error: BaseException) -> Outcome:

@@ -12,16 +12,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
+from middleware.guardrails.ends import filtered, finishes, with_findings
 from middleware.guardrails.rounds import Gate, Gone
 from middleware.guardrails.screen import Screen
-from middleware.guardrails.verdict import ContentFiltered, Finding, shown
+from middleware.guardrails.verdict import ContentFiltered, Finding
 from proxy.call import Call
 from proxy.errors import GatewayError, Outcome
 from proxy.reply import Batch, Ended, Item, Receive, Reply, flow_of
-
-Json = dict[str, Any]
 
 
 class Guarded:
@@ -85,12 +83,13 @@ class Guarded:
         self._comment += batch.comment
         items = self._screen.see(batch)
         if self._screen.blocked:
-            self._hand_on(items)
+            if self._holding is None:
+                self._hand_on(items)
             self._block()
             return
         if batch.final:
             # What was held goes before the end, which is all that waits.
-            ends = next((number for number, item in enumerate(items) if _finishes(item)), len(items))
+            ends = next((number for number, item in enumerate(items) if finishes(item)), len(items))
             self._final = Batch(items[ends:], final=True)
             items = items[:ends]
         if self._holding is not None:
@@ -155,17 +154,10 @@ class Guarded:
             return
         if self._final is not None:
             final, self._final = self._final, None
-            self._pass(self._told(final))
+            self._pass(Batch(with_findings(final.items, self._found), final=True, comment=self._comment))
             self._ending = True
         if self._ending and self._inner_over:
             self._end(None)
-
-    def _told(self, final: Batch) -> Batch:
-        """The final batch, with what was found on its last chunk."""
-        items = list(final.items)
-        if self._found and items and isinstance(last := items[-1], dict):
-            items[-1] = {**last, "penstock": {**(last.get("penstock") or {}), "guardrails": shown(self._found)}}
-        return Batch(items, final=True, comment=self._comment)
 
     def _block(self) -> None:
         """Nothing more goes on. The upstream is closed, the trailer filled."""
@@ -177,16 +169,10 @@ class Guarded:
             self._end(ContentFiltered(finding))
             return
         trailer, call = self._trailer, self._call
-        chunk = self._latest.chunks[-1]
-        wanted = call.request.get("n")
-        indexes = range(wanted if isinstance(wanted, int) and wanted > 0 else 1)
-        trailer.finish_reasons = dict.fromkeys(indexes, "content_filter")
+        ends = filtered(call, self._latest.chunks[-1], self._found)
+        trailer.finish_reasons = dict.fromkeys(range(len(ends)), "content_filter")
         trailer.clean_end = Outcome.FILTERED
-        same = {"id": chunk["id"], "object": "chat.completion.chunk", "created": chunk["created"], "model": call.model}
-        end = {"delta": {}, "finish_reason": "content_filter", "native_finish_reason": "penstock:guardrails"}
-        items: list[Item] = [{**same, "choices": [{"index": index, **end}]} for index in indexes]
-        items[-1] = {**items[-1], "penstock": {"guardrails": shown(self._found)}}  # type: ignore[dict-item]
-        self._pass(Batch(items, final=True))
+        self._pass(Batch(ends, final=True))
         self._end(None)
 
     def _end(self, error: Exception | None) -> None:
@@ -282,7 +268,3 @@ class Guarded:
         if not self._over:
             self._over, self._error = True, GatewayError("The stream was closed before its end.")
             self._awake()
-
-
-def _finishes(item: Item) -> bool:
-    return isinstance(item, dict) and any(choice.get("finish_reason") for choice in item["choices"])
