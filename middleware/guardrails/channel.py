@@ -40,14 +40,11 @@ class Piece:
     """One piece of a text. read: how it is looked at. start: where it stands in what the channel keeps. whole: nothing of it has
     gone, and it is spelled as it came."""
 
-    __slots__ = ("read", "source", "start", "whole")
+    __slots__ = ("end", "read", "source", "start", "whole")
 
     def __init__(self, source: Part | Encoded, read: Read, start: int, whole: bool) -> None:
         self.source, self.read, self.start, self.whole = source, read, start, whole
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.read.text)
+        self.end = start + len(read.text)
 
     def item(self, text: str) -> Item | None:
         source = self.source
@@ -176,6 +173,7 @@ class Channel:
         self._enough -= cut
         for piece in self._pieces:
             piece.start -= cut
+            piece.end -= cut
         self._edits = [edit._replace(start=edit.start - cut, end=edit.end - cut) for edit in self._edits if edit.end > keep]
 
 

@@ -23,6 +23,8 @@ from proxy.text_events import TextEvents
 Json = dict[str, Any]
 # Told of text that goes out, by where it stands.
 Told = Callable[[Key, str], None]
+# What goes back to the provider as it came: no originals are put back in it.
+SIGNED = frozenset({"reasoning_content", "reasoning", "reasoning_details"})
 
 
 class Screen:
@@ -102,7 +104,7 @@ class Screen:
     def _opened(self, key: Key, look: Look) -> Channel:
         told = self._told
         hears = None if told is None else lambda text: told(key, text)
-        return Channel(look if key[1] == "content" or "tool_calls" in key[1] else look.onward(), json=_json(key), told=hears)
+        return Channel(look.onward() if key[1] in SIGNED else look, json=_json(key), told=hears)
 
     def _watching(self, key: Key) -> Watching:
         assert self._watch is not None
@@ -126,9 +128,7 @@ class Screen:
                 self.blocked = self.blocked or watching.ends()
 
     def _put(self, item: Item) -> None:
-        if self._roles:
-            item = self._with_role(item)
-        self._out.append(item)
+        self._out.append(self._with_role(item) if self._roles else item)
 
     def _without_role(self, part: Part) -> Part:
         """The role goes with whichever delta of its choice goes first."""
