@@ -36,7 +36,7 @@ def found(scanner: Scanner, text: str) -> list[tuple[str, str]]:
 @ENGINES
 @pytest.mark.parametrize(("name", "secret"), SECRETS)
 def test_every_rule_finds_what_it_is_for(re2: ModuleType | None, name: str, secret: str) -> None:
-    for around in ("{}", "It is {}.", "({})", "“{}”", "a\n{}\nb", "x: {}, y"):
+    for around in ("{}", "It is {}.", "({})", "“{}”", "a\n{}\nb", "x: {}, y", "我的是{}。", "それは{}です"):
         assert found(SCANNERS[re2], around.format(secret)) == [(name, secret)]
 
 
@@ -351,11 +351,14 @@ def _counted(detector: Detector, calls: Counter[str]) -> Detector:
         ("the project\n titan is", "the [DENIED_1] is"),
         ("Ärger!", "[DENIED_1]!"),
         ("projects titanic, Ärgernis, verÄrger", "projects titanic, Ärgernis, verÄrger"),
-        ("c++ and C++11", "[DENIED_1] and C++11"),
+        ("c++ and .NET", "[DENIED_1] and .NET"),
+        ("这是机密文件。", "这是[DENIED_1]文件。"),
     ],
 )
 def test_denied_words_are_words(text: str, said: str) -> None:
-    detector = rule(RuleOptions("deny", id="denied", words=["project titan", "Ärger", "c++"], action="redact"), RE2).detectors[0]
+    detector = rule(
+        RuleOptions("deny", id="denied", words=["project titan", "Ärger", "c++", "机密"], action="redact"), RE2
+    ).detectors[0]
     scanner = Scanner([detector], RE2)
     for offset in range(1, len(text)):
         looking = look([detector], scanner=scanner)

@@ -23,10 +23,23 @@ Extend = Callable[[str, int], int]
 MOST = 1000
 
 
+# Scripts that set no blanks between words, by their first and last characters: Thai and Lao, Burmese, Khmer, Chinese and Japanese
+# with what stands between them, Hangul, whose particles are joined to words, and the further planes of Chinese.
+UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0x9FFF), (0xAC00, 0xD7AF), (0xF900, 0xFAFF),
+            (0x20000, 0x3FFFF))  # fmt: skip
+
+
+def joins(character: str) -> bool:
+    """Would it be part of the same word? "" is no character."""
+    if character.isascii():
+        return character.isalnum()
+    return character.isalnum() and not any(first <= ord(character) <= last for first, last in UNSPACED)
+
+
 def alone(text: str, start: int, end: int) -> int:
-    """A match that no letter, digit or underscore touches."""
+    """A match that no letter, digit or underscore touches; between scripts without blanks words touch each other."""
     before, behind = text[start - 1 : start] if start else "", text[end : end + 1]
-    return 0 if before.isalnum() or before == "_" or behind.isalnum() or behind == "_" else end
+    return 0 if joins(before) or before == "_" or joins(behind) or behind == "_" else end
 
 
 def anywhere(text: str, start: int, end: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from middleware.guardrails.rules.detector import Detector, alone
+from middleware.guardrails.rules.detector import Detector, alone, joins
 
 # First digits (as numbers of so many digits) and lengths of the cards that are given out.
 CARDS: tuple[tuple[int, int, int, frozenset[int]], ...] = (
@@ -66,10 +66,10 @@ def is_card(digits: str) -> bool:
 def card(text: str, start: int, end: int) -> int:
     """The longest card that ends with a group; groups that follow (an expiry date) are none of it."""
     before = text[start - 1 : start] if start else ""
-    if before.isalnum() or (before and before in "_."):
+    if joins(before) or (before and before in "_."):
         return 0
     while end - start >= 13:
-        if not (text[end : end + 1].isalnum() or text[end : end + 1] == "_") and is_card(DIGITS.sub("", text[start:end])):
+        if not (joins(text[end : end + 1]) or text[end : end + 1] == "_") and is_card(DIGITS.sub("", text[start:end])):
             return end
         end -= 1
         while end > start and text[end - 1 : end + 1].isdigit():
@@ -81,7 +81,7 @@ def card(text: str, start: int, end: int) -> int:
 
 def iban(text: str, start: int, end: int) -> int:
     """The end of the IBAN, whose country says how long it is."""
-    if start and text[start - 1].isalnum():
+    if start and joins(text[start - 1]):
         return 0
     length, at = IBANS.get(text[start : start + 2].upper(), 0), start
     taken: list[str] = []
@@ -89,7 +89,7 @@ def iban(text: str, start: int, end: int) -> int:
         if text[at] != " ":
             taken.append(text[at].upper())
         at += 1
-    if not length or len(taken) < length or text[at : at + 1].isalnum():
+    if not length or len(taken) < length or joins(text[at : at + 1]):
         return 0
     number = "".join(taken[4:] + taken[:4])
     return at if int("".join(str(int(character, 36)) for character in number)) % 97 == 1 else 0
@@ -98,7 +98,7 @@ def iban(text: str, start: int, end: int) -> int:
 def email(text: str, start: int, end: int) -> int:
     """An address whose local part no letter of any script touches; `git@host:` is where a repository is."""
     before = text[start - 1 : start] if start else ""
-    if before.isalnum() or text[end : end + 1].isalnum() or (text.startswith("git@", start) and text[end : end + 1] == ":"):
+    if joins(before) or joins(text[end : end + 1]) or (text.startswith("git@", start) and text[end : end + 1] == ":"):
         return 0
     return end if ".." not in text[start:end] else 0
 
@@ -106,7 +106,7 @@ def email(text: str, start: int, end: int) -> int:
 def phone(text: str, start: int, end: int) -> int:
     """Enough digits, brackets that close, and nothing beside it that would make it part of something longer."""
     before, behind = text[start - 1 : start] if start else "", text[end : end + 2]
-    if before.isalnum() or (before and before in "_+-./") or behind[:1].isalnum() or behind[:1] == "_":
+    if joins(before) or (before and before in "_+-./") or joins(behind[:1]) or behind[:1] == "_":
         return 0
     if behind[:1] in ("-", "/", ".") and behind[1:].isdigit():
         return 0
@@ -123,7 +123,7 @@ def ssn(text: str, start: int, end: int) -> int:
     if area in ("000", "666") or area >= "900" or group == "00" or serial == "0000" or text[start + 3] != text[start + 6]:
         return 0
     before, behind = text[start - 1 : start] if start else "", text[end : end + 2]
-    joined = (before and before in "-.") or (behind[:1] in ("-", ".") and behind[1:].isalnum())
+    joined = (before and before in "-.") or (behind[:1] in ("-", ".") and joins(behind[1:]))
     return 0 if joined else alone(text, start, end)
 
 

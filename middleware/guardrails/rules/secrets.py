@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from middleware.guardrails.rules.detector import Detector
+from middleware.guardrails.rules.detector import Detector, joins
 
 MOST_KEY, MOST_PEM = 8192, 16_384
 KEY = re.compile(r"[A-Za-z0-9_\-]*")
@@ -43,7 +43,7 @@ def pem_end(text: str, end: int) -> int:
 def key(text: str, start: int, end: int) -> int:
     """A key that begins a word. A full stop or a dash behind it belongs to the sentence."""
     before = text[start - 1 : start] if start else ""
-    if before.isalnum() or (before and before in "_-"):
+    if joins(before) or (before and before in "_-"):
         return 0
     while text[end - 1] in ".-_=":
         end -= 1

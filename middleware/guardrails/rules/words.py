@@ -9,9 +9,16 @@ import re
 from collections.abc import Sequence
 from fnmatch import translate
 
-from middleware.guardrails.rules.detector import Detector, alone, anywhere
+from middleware.guardrails.rules.detector import Detector, anywhere, joins
 
 LONGEST_WORD = 100
+
+
+def word(text: str, start: int, end: int) -> int:
+    """A word of a script with blanks that no further letter touches."""
+    before, behind = text[start - 1 : start] if start else "", text[end : end + 1]
+    inside = (joins(text[start]) and (joins(before) or before == "_"), joins(text[end - 1]) and (joins(behind) or behind == "_"))
+    return 0 if any(inside) else end
 
 
 def denied(name: str, words: Sequence[str]) -> Detector:
@@ -19,7 +26,7 @@ def denied(name: str, words: Sequence[str]) -> Detector:
     if not words or any(not word.strip() or len(word) > LONGEST_WORD for word in words):
         raise ValueError(f"words: must be words or phrases of at most {LONGEST_WORD} characters")
     phrases = [r"\s{1,8}".join(map(re.escape, word.split())) for word in words]
-    return Detector(name, f"(?i)(?:{'|'.join(phrases)})", alone, most=max(map(len, words)) + 80)
+    return Detector(name, f"(?i)(?:{'|'.join(phrases)})", word, most=max(map(len, words)) + 80)
 
 
 def own(name: str, pattern: str, most: int) -> Detector:
