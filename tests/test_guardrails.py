@@ -465,6 +465,21 @@ async def test_the_pii_plugin_redacts_and_puts_back_and_the_other_plugins_are_th
     assert answer.text == orq.text == "Dear me@x.com. "
 
 
+async def test_the_plugin_does_not_put_back_what_the_operator_redacts_for_good() -> None:
+    plugins = [{"id": "pii_redaction"}]
+    body = user("a@b.io 4111 1111 1111 1111", plugins=plugins)
+    answer, upstream = await answered(words("[EMAIL_1] [CARD_1]", "."), "{rules: [card]}", body)
+    assert upstream.asked[0].json["messages"][0]["content"] == "[EMAIL_1] [CARD_1]"
+    assert answer.text == "a@b.io [CARD_1]."
+
+
+async def test_what_is_only_told_at_the_end_of_a_reply_is_blocked_on_the_way_in() -> None:
+    options = "{rules: [{kind: deny, id: titan, words: [titan], mode: after}]}"
+    assert (await answered(words("Hi"), options, user("titan")))[0].status == 400
+    answer, _ = await answered(words("titan ", "it is"), options)
+    assert (answer.text, told(answer)) == ("titan it is", [{"id": "titan", "action": "flag", "on": "output"}])
+
+
 async def test_calls_with_other_guardrails_do_not_share_a_flight() -> None:
     config = GUARDED.replace("  - guardrails", "  - coalesce: {{mode: all}}\n  - guardrails")
     async with (

@@ -33,7 +33,7 @@ def look(action: Action = "redact", found: list[Finding] | None = None) -> Look:
 def restoring(**originals: str) -> Look:
     vault = Vault()
     vault.originals = {f"[{name}]": value for name, value in originals.items()}
-    return Look("output", RESTORING, [Watched(OWN, None, "redact")], Allowed(()), vault, lambda finding: None, back=True)
+    return Look("output", RESTORING, [Watched(OWN, None, "redact")], Allowed(()), vault, lambda finding: None)
 
 
 def chunk(delta: Json, index: int = 0, finish: str | None = None, **fields: Any) -> Json:

@@ -86,7 +86,7 @@ class Guardrails:
         if asked is None:
             return call
         request = call.request
-        if isinstance(plugins := request.get("plugins"), list) and asked.restore:
+        if isinstance(plugins := request.get("plugins"), list) and asked.plugin:
             # The other plugins are the provider's.
             kept = [entry for entry in plugins if not isinstance(entry, dict) or entry.get("id") != PLUGIN]
             request = {name: value for name, value in request.items() if name != "plugins"} | ({"plugins": kept} if kept else {})
@@ -97,8 +97,7 @@ class Guardrails:
         rules = self._policy.rules(asked)
         if not rules:
             return await next(call)
-        restore = self._policy.restore or (asked is not None and asked.restore)
-        passing = Passing(rules, restore, Vault(), [])
+        passing = Passing(rules, Vault(), [])
         call = await let_in(call, passing, self._policy, self._asker, partial(self._report, passing.found))
         reply = await next(call)
         if reply.head.status != 200:
@@ -111,8 +110,7 @@ class Guardrails:
 
     async def _let_out(self, call: Call, reply: Reply, passing: Passing) -> Reply:
         report = partial(self._report, passing.found)
-        restore = passing.restore and bool(passing.vault.originals)
-        hold, watch = self._policy.looks(passing.rules, "output", passing.vault, report, restore)
+        hold, watch = self._policy.looks(passing.rules, "output", passing.vault, report)
         outside = [one for one in passing.rules if one.outside is not None and one.output]
         if hold is None and watch is None and not outside:
             return reply
@@ -137,8 +135,8 @@ class Guardrails:
 
     def _gates(self, call: Call, outside: Sequence[Rule], report: Any, guarded: Guarded) -> list[Gate]:
         """One gate for all that hold, one for each that looks beside the stream."""
-        assert self._asker is not None
-        asker = self._asker
+        if (asker := self._asker) is None or not outside:
+            return []
 
         async def ask(one: Rule, texts: Sequence[str]) -> Any:
             return await asker.ask(one, texts, "output", call.id)

@@ -67,11 +67,13 @@ class _Sealed(Vault):
 
 
 class Watched(NamedTuple):
-    """A detector and what becomes of what it finds. rule: its id; None: a placeholder of ours, put back."""
+    """A detector and what becomes of what it finds. rule: its id; None: a placeholder of ours, put back. back: what it redacts
+    may be put back later."""
 
     detector: Detector
     rule: str | None
     action: Action
+    back: bool = False
 
 
 class Judged(NamedTuple):
@@ -87,14 +89,14 @@ class Look:
 
     def __init__(
         self, side: Side, scanner: Scanner, watched: Sequence[Watched], allowed: Allowed, vault: Vault,
-        report: Callable[[Finding], None], *, back: bool = False,
+        report: Callable[[Finding], None],
     ) -> None:  # fmt: skip
         self._side, self._scanner, self._watched, self._allowed = side, scanner, watched, allowed
-        self._vault, self._report, self._back = vault, report, back
+        self._vault, self._report = vault, report
 
     def onward(self) -> Look:
         """The same without putting originals back: for reasoning, which goes back to the provider as it was signed."""
-        return Look(self._side, self._scanner, self._watched, self._allowed, _Sealed(self._vault), self._report, back=self._back)
+        return Look(self._side, self._scanner, self._watched, self._allowed, _Sealed(self._vault), self._report)
 
     def settled(self, text: str, *, json: bool = False) -> str | None:
         """A whole text with its edits made, itself where there are none; None: it is blocked."""
@@ -120,7 +122,7 @@ class Look:
             if watched.action == "block":
                 return Judged(edits, seen.held, match.start)
             if watched.action == "redact":
-                name = self._vault.placeholder(watched.detector.name, found, back=self._back)
+                name = self._vault.placeholder(watched.detector.name, found, back=watched.back)
                 edits.append(Edit(match.start, match.end, name))
         return Judged(edits, seen.held)
 

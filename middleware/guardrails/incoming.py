@@ -28,7 +28,6 @@ class Passing:
     """One request on its way: what holds for it, what was found, and what its placeholders stand for."""
 
     rules: tuple[Rule, ...]
-    restore: bool
     vault: Vault
     found: list[Finding]
 
@@ -39,7 +38,7 @@ async def let_in(call: Call, passing: Passing, policy: Policy, asker: Asker | No
         return call
     _measure(call, passing.rules, report)
     passing.vault = Vault(_placeholders(call))
-    hold, watch = policy.looks(passing.rules, "input", passing.vault, report, passing.restore)
+    hold, watch = policy.looks(passing.rules, "input", passing.vault, report)
     if hold is not None or watch is not None:
         call = _changed(call, partial(_visited, hold, watch, passing.found))
     for rule in passing.rules:

@@ -39,17 +39,17 @@ MOST_KEPT = 64
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request adds. restore: redacted input is put back on the way out."""
+    """What a request adds. plugin: it came with one that is ours."""
 
     rules: tuple[Rule, ...]
-    restore: bool = False
+    plugin: bool = False
 
 
 class Policy:
     """rules: the operator's. allowed: values that no rule finds. restore: redacted input is put back on the way out."""
 
     def __init__(self, rules: Sequence[Rule], allowed: Allowed, restore: bool, re2: ModuleType | None) -> None:
-        self._rules, self._allowed, self.restore, self._re2 = tuple(rules), allowed, restore, re2
+        self._rules, self._allowed, self._restore, self._re2 = tuple(rules), allowed, restore, re2
         self.always = tuple(rule for rule in rules if rule.always)
         self._scanners: dict[tuple[Detector, ...], Scanner] = {}
         moderated = next((rule for rule in rules if rule.outside is not None and rule.outside.target is not None), None)
@@ -75,19 +75,27 @@ class Policy:
     def rules(self, asked: Asked | None) -> tuple[Rule, ...]:
         return self.always if asked is None else tuple(dict.fromkeys((*self.always, *asked.rules)))
 
-    def looks(
-        self, rules: Sequence[Rule], side: Side, vault: Vault, report: Report, restore: bool
-    ) -> tuple[Look | None, Look | None]:
-        """What changes or blocks the text of a side, and what only looks at it. restore: of output, put originals back."""
+    def looks(self, rules: Sequence[Rule], side: Side, vault: Vault, report: Report) -> tuple[Look | None, Look | None]:
+        """What changes or blocks the text of a side, and what only looks at it. Originals that the vault has are put back in
+        output."""
         mine = [rule for rule in rules if rule.detectors and (rule.input if side == "input" else rule.output)]
         holds = [rule for rule in mine if rule.action != "flag" and (rule.holds or side == "input")]
-        back = [Watched(OWN, None, "redact")] if restore and side == "output" else []
-        blocks = [rule for rule in holds if rule.action == "block"]
-        # What is redacted on the way out is never put back, whatever the model says later.
-        hold = self._look(_watched(blocks, holds) + back, side, vault, report, restore and side == "input")
-        return hold, self._look(_watched([], [rule for rule in mine if rule not in holds]), side, vault, report, False)
+        # Rules that block before those that change: where both find the same, it is blocked.
+        ordered = [*(rule for rule in holds if rule.action == "block"), *(rule for rule in holds if rule.action != "block")]
+        watched = [one for rule in ordered for one in self._watched(rule, side)]
+        if side == "output" and vault.originals:
+            watched.append(Watched(OWN, None, "redact"))
+        others = [one for rule in mine if rule not in holds for one in self._watched(rule, side)]
+        return self._look(watched, side, vault, report), self._look(others, side, vault, report)
 
-    def _look(self, watched: list[Watched], side: Side, vault: Vault, report: Report, back: bool) -> Look | None:
+    def _watched(self, rule: Rule, side: Side) -> list[Watched]:
+        """A rule's detectors. What is told at the end of output blocks nothing. What is redacted on the way out is never put
+        back, and of the input only what the operator lets be, or what is redacted because the request itself asks for it."""
+        action = "flag" if side == "output" and rule.mode == "after" and rule.action == "block" else rule.action
+        back = side == "input" and (self._restore or rule.id == PLUGIN)
+        return [Watched(detector, rule.id, action, back) for detector in rule.detectors]
+
+    def _look(self, watched: list[Watched], side: Side, vault: Vault, report: Report) -> Look | None:
         if not watched:
             return None
         key = tuple(one.detector for one in watched)
@@ -95,16 +103,7 @@ class Policy:
             if len(self._scanners) >= MOST_KEPT:
                 self._scanners.clear()
             scanner = self._scanners[key] = Scanner(key, self._re2)
-        return Look(side, scanner, watched, self._allowed, vault, report, back=back)
-
-
-def _watched(first: Sequence[Rule], rules: Sequence[Rule]) -> list[Watched]:
-    """Rules that block before those that change: where both find the same, it is blocked. Told at the end, nothing blocks."""
-    found: list[Watched] = []
-    for rule in dict.fromkeys((*first, *rules)):
-        action = "flag" if rule.mode == "after" and not rule.holds and rule.action == "block" else rule.action
-        found += [Watched(detector, rule.id, action) for detector in rule.detectors]
-    return found
+        return Look(side, scanner, watched, self._allowed, vault, report)
 
 
 def _moderations(rule: Rule) -> dict[str, Rule]:
