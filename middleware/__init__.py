@@ -44,6 +44,7 @@ TABLE = Shelf(
         "continuation": "middleware.continuation:Continuation",
         "disconnect": "middleware.disconnect:Disconnect",
         "fallback": "middleware.fallback:Fallback",
+        "guardrails": "middleware.guardrails:Guardrails",
         "limits": "middleware.limits:Limits",
         "memory": "middleware.memory:Memory",
         "metrics": "middleware.metrics:Metrics",

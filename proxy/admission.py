@@ -28,7 +28,7 @@ Json = dict[str, Any]
 GATEWAY_FIELDS = frozenset({
     "penstock", "orq", "name", "cache", "timeout", "retry", "fallbacks", "models", "load_balancer",
     "identity", "contact", "thread", "usage_placement", "strict_params", "keepalive_after", "keepalive_interval", "coalesce",
-    "on_disconnect", "on_break", "resume", "background",
+    "on_disconnect", "on_break", "resume", "background", "guardrails",
     "sessionId", "saveToMemory", "save_to_memory", "useRAG", "use_rag", "rag", "knowledge_bases",
 })  # fmt: skip
 SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)

@@ -26,6 +26,7 @@ from proxy.config import Config
 from proxy.configfile import ConfigFile
 from proxy.cors import Cors, Policy
 from proxy.demo import DemoTransport
+from proxy.errors import Refused
 from proxy.exchange import SETTLE_SECONDS, Exchange
 from proxy.generation import Generation, ServerSettings
 from proxy.generations import Generations
@@ -255,6 +256,9 @@ async def _serve(config: Config, file: ConfigFile | None) -> int:
                 await draining
     except OSError as error:
         return cannot_listen(config, error)
+    except Refused as error:  # a middleware names something that leads nowhere
+        print(f"penstock: cannot start: {error.message}", file=sys.stderr)
+        return 1
     return 0
 
 

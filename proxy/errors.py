@@ -21,6 +21,7 @@ class Outcome(StrEnum):
 
     COMPLETED = "completed"
     TRUNCATED = "truncated"
+    FILTERED = "filtered"
     CONTINUED = "continued"
     CLIENT_GONE = "client_gone"
     UPSTREAM_ERROR = "upstream_error"
@@ -46,6 +47,7 @@ SUCCESSES = frozenset({Outcome.COMPLETED, Outcome.CONTINUED})
 STATUSES = {
     Outcome.COMPLETED: 200,
     Outcome.TRUNCATED: 200,
+    Outcome.FILTERED: 200,
     Outcome.CONTINUED: 200,
     Outcome.CLIENT_GONE: 499,
     Outcome.DRAINING: 503,

@@ -24,8 +24,9 @@ FORM = 1
 
 # How the answer is delivered, and labels. `user` is not among them: some servers remember by it.
 SILENT = frozenset({"stream", "stream_options", "metadata"})
-# Fields that change who answers. They are read elsewhere; here they only tell questions apart.
-ROUTING = ("fallbacks", "models", "load_balancer")
+# Fields that change who answers, and by which rules an answer passes. They are read elsewhere; here they only tell questions
+# apart.
+ROUTING = ("fallbacks", "models", "load_balancer", "guardrails", "plugins")
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,7 @@ THIRD_PARTY = {
     "pypdf": {"middleware.retrieval.text.pdf"},
     "cachetools": {"middleware.cache.store"},
     "python_multipart": {"middleware.retrieval.uploads"},
+    "re2": {"middleware.guardrails.rules.engine"},
     "throttled": {"middleware.limits.meters"},
     "prometheus_client": {"middleware.metrics.families", "middleware.metrics.samples"},
     "asyncpg": {"proxy.store.postgres.database", "proxy.store.postgres.conversations"},

@@ -1,5 +1,5 @@
-"""The commands of docs/smoothing.md, docs/bounds.md and docs/tools.md do what is written beneath them, with the lines of the
-shipped config.yaml switched on."""
+"""The commands of docs/smoothing.md, docs/bounds.md, docs/tools.md and docs/guardrails.md do what is written beneath them, with
+the lines of the shipped config.yaml switched on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import orjson
 import pytest
 
 from middleware import TABLE
@@ -15,11 +16,11 @@ from proxy.app import Gateway
 from proxy.config import parse
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("smooth", "bounds", "tool_guard")
+NAMES = ("smooth", "bounds", "tool_guard", "guardrails")
 
 
 def shipped() -> str:
-    """config.yaml with the three lines as if nobody had commented them out."""
+    """config.yaml with these lines as if nobody had commented them out."""
     text = (ROOT / "config.yaml").read_text().replace("port: ${PENSTOCK_PORT:-8080}", "port: 0")
     for name in NAMES:
         text, found = re.subn(rf"^  # - {name}:", f"  - {name}:", text, flags=re.MULTILINE)
@@ -60,3 +61,14 @@ async def test_tools() -> None:
     assert "[DONE]" not in strict
     assert '"penstock":{"tool_calls_invalid":[{"choice":0,"index":0,"id":"call_' in repair
     assert repair.endswith("data: [DONE]\n\n")
+
+
+async def test_guardrails() -> None:
+    out = await said("guardrails.md")
+    assert "X-Penstock-Guardrails: email;action=redact;on=input, card;action=redact;on=input\r\n" in out
+    assert "jo@example.org" not in out
+    assert "4111" not in out
+    assert '"penstock":{"guardrails":[{"id":"email","action":"redact","on":"input"}' in out
+    events = [line.removeprefix("data: ") for line in out.splitlines() if line.startswith("data: {")]
+    texts = [choice["delta"].get("content", "") for event in events for choice in orjson.loads(event)["choices"]]
+    assert "Write to [EMAIL_1], card [CARD_1]" in "".join(texts)
