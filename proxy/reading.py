@@ -21,7 +21,8 @@ from pydantic_core import ErrorDetails
 
 from proxy.origins import ANY
 from proxy.routing import well_formed
-from proxy.shape import APIS, File, address, given, long_form, options_model
+from proxy.settings import given, options_model
+from proxy.shape import APIS, File, address, long_form
 from proxy.wording import did_you_mean, keys, words
 from proxy.yamlfile import Document, Missing, spelled
 

@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "proxy.upstream.*", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.keepalive", "proxy.delivery", "proxy.http",
         "proxy.lane", "proxy.sockets", "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema",
-        "proxy.wording", "proxy.configfile", "proxy.changes", "proxy.generation",
+        "proxy.settings", "proxy.wording", "proxy.configfile", "proxy.changes", "proxy.generation",
         "proxy.cors", "proxy.open_calls",
     ),
     ("proxy.server",),
@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 CONFIG = {
     "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema", "proxy.wording", "proxy.configfile",
-    "proxy.changes",
+    "proxy.changes", "proxy.settings",
 }  # fmt: skip
 # Modules that serve one another on one floor, beside those that share a folder.
 CLIENT_SIDE = {
