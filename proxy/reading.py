@@ -21,7 +21,8 @@ from pydantic_core import ErrorDetails
 
 from proxy.origins import ANY
 from proxy.routing import well_formed
-from proxy.shape import APIS, File, address, given, long_form, options_model
+from proxy.settings import given, options_model
+from proxy.shape import APIS, File, address, long_form
 from proxy.wording import did_you_mean, keys, words
 from proxy.yamlfile import Document, Missing, spelled
 
@@ -122,8 +123,13 @@ class Reading:
         try:
             return shape.model_validate(value, context=context)
         except ValidationError as error:
-            for detail in error.errors(include_url=False, include_context=True):
-                self.note(detail, shape, path)
+            details = error.errors(include_url=False, include_context=True)
+            places = [self.place((*path, *detail["loc"]), detail["type"]) for detail in details]
+            for detail, here in zip(details, places, strict=True):
+                # A word or a section: who wrote a section is told what is wrong inside of it, and not that it is no word.
+                inside = any(len(place) > len(here) and place[: len(here)] == here for place in places)
+                if not (inside and detail["type"] == "literal_error"):
+                    self.note(detail, shape, path)
             return None
 
     def note(self, detail: ErrorDetails, shape: type[BaseModel], path: At) -> None:

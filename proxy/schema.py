@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from proxy.shape import File, options_model
+from proxy.settings import options_model
+from proxy.shape import File
 
 Known = Mapping[str, Callable[..., Any]]
 

@@ -8,6 +8,7 @@ The one rule: a module without a floor is as wrong as an import that points up.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "proxy.upstream.*", "proxy.exchange", "proxy.demo.*", "proxy.relay", "proxy.keepalive", "proxy.delivery", "proxy.http",
         "proxy.lane", "proxy.sockets", "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema",
-        "proxy.wording", "proxy.configfile", "proxy.changes", "proxy.generation",
+        "proxy.settings", "proxy.wording", "proxy.configfile", "proxy.changes", "proxy.generation",
         "proxy.cors", "proxy.open_calls",
     ),
     ("proxy.server",),
@@ -41,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 CONFIG = {
     "proxy.config", "proxy.reading", "proxy.yamlfile", "proxy.shape", "proxy.schema", "proxy.wording", "proxy.configfile",
-    "proxy.changes",
+    "proxy.changes", "proxy.settings",
 }  # fmt: skip
 # Modules that serve one another on one floor, beside those that share a folder.
 CLIENT_SIDE = {
@@ -204,6 +205,14 @@ def test_every_module_has_a_floor(module: str) -> None:
 @pytest.mark.parametrize("module", OURS)
 def test_imports_point_down(module: str) -> None:
     assert wrong_imports(module, OURS[module].read_text(encoding="utf-8")) == []
+
+
+def test_the_page_on_architecture_has_the_same_floors() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = {int(floor): names for floor, names in re.findall(r"^\| (\d) \| ([^|]+) \|", page, re.MULTILINE)}
+    drawn = {floor: set(re.findall(r"`([^`]+)`", names)) for floor, names in rows.items()}
+    above = enumerate(FLOORS[1:], start=1)
+    assert drawn == {floor: {name.removeprefix("proxy.").replace(".", "/") for name in names} for floor, names in above}
 
 
 def test_every_line_of_the_table_is_a_module_that_exists() -> None:

@@ -508,12 +508,19 @@ async def test_calls_with_other_guardrails_do_not_share_a_flight() -> None:
         ("[{kind: webhook, url: 'ftp://x'}]", "http:// or https:// URL"),
         ("[{kind: moderations}]", "needs moderations"),
         ("[{kind: email, id: 'a b'}]", "letters, digits"),
+        ("[{kind: moderations, moderations: nope/m}]", "rules[0].moderations (line"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_at_start(rules: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(GUARDED.format(url="http://127.0.0.1:9", options="{rules: " + rules + "}"), {}, TABLE)
     assert words in str(caught.value)
+
+
+def test_a_rule_with_a_fault_is_told_of_that_and_not_that_it_is_no_word() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(GUARDED.format(url="http://127.0.0.1:9", options="{rules: [{kind: email, moed: after}]}"), {}, TABLE)
+    assert [fault.partition(": ")[2] for fault in str(caught.value).splitlines()] == ["unknown key; did you mean 'mode'?"]
 
 
 async def test_without_re2_built_in_rules_serve_and_own_expressions_are_refused_with_the_way_out(

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 import proxy.relay
+from middleware import TABLE as MIDDLEWARE
 from middleware.metrics import Metrics
 from middleware.metrics.families import TABLE
 from middleware.metrics.prices import Price, Prices, counted
 from middleware.metrics.samples import MOST, gather, metrics
 from proxy.app import Gateway
 from proxy.call import Call, Principal, Provider, Route
-from proxy.config import ConfigError
+from proxy.config import ConfigError, parse
 from proxy.errors import GatewayError, Outcome, Refused, UpstreamError, UpstreamTimeout
 from proxy.pipeline import Query, Sample, Surroundings
 from proxy.reply import Batch, Head, Reply, Trailer
@@ -491,9 +492,9 @@ async def page(running: Gateway) -> Series:
     return series_of(got.body.decode())
 
 
-async def get(running: Gateway, path: str) -> Answer:
+async def get(running: Gateway, path: str, authorization: str = "") -> Answer:
     async with RawClient(running.port) as client:
-        await client.send(raw_request(path=path, method="GET", Content_Type="", Content_Length=""))
+        await client.send(raw_request(path=path, method="GET", Content_Type="", Content_Length="", Authorization=authorization))
         return await client.answer()
 
 
@@ -615,3 +616,25 @@ def test_the_docs_describe_every_metric_with_its_labels() -> None:
 
 
 PRICES = Prices({})
+
+
+async def test_the_page_has_every_figure_of_a_gateway_with_everything_on_and_no_other(tmp_path: Path) -> None:
+    """Both ways: what a scrape has stands in docs/metrics.md, and what stands there has its name in the code."""
+    shipped = (ROOT / "config.yaml").read_text(encoding="utf-8")
+    onion = re.sub(r"^  # - ", "  - ", shipped[shipped.index("\nmiddleware:") :], flags=re.MULTILINE)
+    onion = re.sub(r"\n  - auth: .*", "\n  - auth: {keys: [{name: web, key: key-0123456789abcdef, admin: true}]}", onion)
+    text = f'server: {{port: 0}}\ndata_dir: "{tmp_path}"\nproviders: {{demo: {{api: demo}}}}\n'
+    text += onion.replace("openai/text-embedding-3-small", "demo/embed")
+    async with Gateway(parse(text, {}, MIDDLEWARE)) as running:
+        got = await ask(running.port, chat("demo/fast"), headers={"Authorization": "Bearer key-0123456789abcdef"})
+        assert got.status == 200
+        scrape = (await get(running, "/metrics", "Bearer key-0123456789abcdef")).body.decode()
+    names = re.findall(r"^# TYPE ((?:penstock|gen_ai)_\w+) ", scrape, re.MULTILINE)
+    shown = {name for name in names if not name.endswith("_created")}
+    assert len(shown) > 60
+    told = set(re.findall(r"`((?:penstock|gen_ai)_\w+)`", (ROOT / "docs/metrics.md").read_text(encoding="utf-8")))
+    told -= {label for row in TABLE.values() for label in row.labels}
+    assert shown - told == set()
+    code = "".join(path.read_text() for folder in ("proxy", "middleware") for path in (ROOT / folder).rglob("*.py"))
+    # What counts by reason is only there once there was one; so its name is looked for where it is written.
+    assert [name for name in told - shown if f'"{name}"' not in code] == []

@@ -103,7 +103,7 @@ class Guardrails:
         if reply.head.status != 200:
             return reply
         if passing.found:
-            reply = reply.with_head(headers={**reply.head.headers, HEADER: header(passing.found)})
+            reply = reply.with_header(HEADER, header(passing.found))
         return reply if call.kind == "embeddings" else await self._let_out(call, reply, passing)
 
     # Out

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from middleware.guardrails.verdict import Finding, shown
 from proxy.call import Call
-from proxy.reply import Chunk, Item
+from proxy.reply import Chunk, Item, noted
 
 
 def finishes(item: Item) -> bool:
@@ -23,8 +23,7 @@ def with_findings(items: Sequence[Item], found: Sequence[Finding]) -> list[Item]
     last = items[-1] if items else None
     if not found or not isinstance(last, dict):
         return list(items)
-    own = last.get("penstock") or {}
-    return [*items[:-1], {**last, "penstock": {**own, "guardrails": shown(found)}}]
+    return [*items[:-1], noted(last, "guardrails", shown(found))]
 
 
 def filtered(call: Call, chunk: Chunk, found: Sequence[Finding]) -> list[Item]:

@@ -72,7 +72,7 @@ class RuleOptions:
     max_length: Annotated[int, Between(1, 4096)] | None = None
     max_characters: Annotated[int, Between(1, 10**9)] | None = None
     max_tokens: Annotated[int, Between(1, 10**9)] | None = None
-    moderations: str | None = None
+    moderations: Annotated[str, "target"] | None = None
     categories: Sequence[str] | None = None
     threshold: Annotated[float, Between(0, 1)] | None = None
     url: str | None = None

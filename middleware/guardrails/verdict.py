@@ -25,14 +25,6 @@ class Finding(NamedTuple):
         return {"id": self.id, "action": self.action, "on": self.on}
 
 
-class Blocked(Exception):
-    """A rule says that nothing more goes on; an exception of the inside."""
-
-    def __init__(self, finding: Finding) -> None:
-        super().__init__(finding.id)
-        self.finding = finding
-
-
 class ContentFiltered(GatewayError):
     """A guardrail blocked the request, or a reply of which nothing had been sent: a 400 that names the rule."""
 

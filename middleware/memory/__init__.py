@@ -106,7 +106,7 @@ class Memory:
         reply = await next(altered(call, request={**call.request, "messages": found.messages}))
         if reply.head.status != 200:
             return reply
-        reply = reply.with_head(headers={**reply.head.headers, HEADER: word})
+        reply = reply.with_header(HEADER, word)
         if not asked.save:
             return reply
         recorder = self._policy.recorder(whole=reply.whole)

@@ -151,7 +151,7 @@ class Retrieval:
             self._counts["unavailable"] += 1
             if self._refuses:
                 raise unavailable() from None
-            return _headed(await next(call), "unavailable")
+            return (await next(call)).with_header(HEADER, "unavailable")
         hits = within(found.hits, self._context_tokens)
         self._counts["found" if hits else "empty"] += 1
         if hits:
@@ -159,7 +159,7 @@ class Retrieval:
         reply = await next(call)
         if reply.head.status != 200:
             return reply
-        return told(call, _headed(reply, summary(found, len(hits))), sources(hits))
+        return told(call, reply.with_header(HEADER, summary(found, len(hits))), sources(hits))
 
     async def _found(self, call: Call, asked: Asked) -> Found:
         """Raises StoreUnavailable, and Refused (404) for a file that this key has not."""
@@ -202,10 +202,6 @@ class Retrieval:
         words = "Files that wait for indexing, as of when one was last looked for."
         # All workers see the same files, and what they tell is added up.
         yield Sample("penstock_retrieval_waiting", "gauge", words, self._indexer.waiting / self._workers)
-
-
-def _headed(reply: Reply, word: str) -> Reply:
-    return reply.with_head(headers={**reply.head.headers, HEADER: word})
 
 
 def _check_installed(vectors: bool) -> None:

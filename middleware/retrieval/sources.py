@@ -47,7 +47,7 @@ def sources(hits: Sequence[Hit]) -> list[Json]:
             "name": hit.name,
             "page": hit.passage.page,
             "heading": hit.passage.heading,
-            "score": hit.score,
+            "score": round(hit.score, 6),
             "text": excerpt(hit.passage.text),
         }
         for number, hit in enumerate(hits, 1)

@@ -15,7 +15,7 @@ import orjson
 
 from proxy.call import Call, altered
 from proxy.fold import unfolded
-from proxy.reply import Batch, Chunk, Item, Reply, Run, single_events, tapped
+from proxy.reply import Batch, Chunk, Item, Reply, Run, noted, single_events, tapped
 
 Json = dict[str, Any]
 
@@ -30,7 +30,7 @@ def told(call: Call, reply: Reply, sources: Sequence[Json]) -> Reply:
 
 
 def _whole(sources: Sequence[Json], batch: Batch) -> Batch:
-    return Batch([_with(batch.chunks[0], sources)], final=batch.final, number=batch.number, comment=batch.comment)
+    return Batch([noted(batch.chunks[0], "sources", sources)], final=batch.final, number=batch.number, comment=batch.comment)
 
 
 def _last(sources: Sequence[Json], batch: Batch) -> Batch:
@@ -48,7 +48,7 @@ def _items(items: Sequence[Item], sources: Sequence[Json]) -> list[Item]:
         for number in reversed(range(len(singles))):
             chunk = _chunk(singles[number])
             if any(choice.get("finish_reason") for choice in chunk["choices"]):
-                singles[number] = _with(chunk, sources)
+                singles[number] = noted(chunk, "sources", sources)
                 return [*items[:place], *singles, *items[place + 1 :]]
     return list(items)
 
@@ -58,7 +58,3 @@ def _chunk(item: Item) -> Chunk:
         return item
     chunk: Chunk = orjson.loads(item[item.index(b"data: ") + 6 :])
     return chunk
-
-
-def _with(chunk: Json, sources: Sequence[Json]) -> Json:
-    return {**chunk, "penstock": {**(chunk.get("penstock") or {}), "sources": sources}}

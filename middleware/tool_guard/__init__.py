@@ -21,7 +21,7 @@ from proxy.call import Call, altered
 from proxy.errors import GatewayError, Outcome
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Handler, Sample
-from proxy.reply import Batch, Chunk, Item, Reply, Run, single_events, tapped
+from proxy.reply import Batch, Chunk, Item, Reply, Run, noted, single_events, tapped
 
 Json = dict[str, Any]
 Mode = Literal["strict", "repair", "off"]
@@ -133,8 +133,7 @@ class Guard:
         """A chunk (or a completion) with these choices, and with what was found to be invalid at their end."""
         invalid, self._invalid = self._invalid, []
         if invalid:
-            own = chunk.get("penstock") or {}
-            return {**chunk, "choices": choices, "penstock": {**own, "tool_calls_invalid": invalid}}
+            return noted({**chunk, "choices": choices}, "tool_calls_invalid", invalid)
         return chunk if all(map(_same, choices, chunk["choices"])) else {**chunk, "choices": choices}
 
     def _choice(self, choice: Json) -> Json:

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.errors import Outcome
-from proxy.reply.batch import BLANK, IDS, Batch, Chunk, Item, Json, Run, single_events, sse_events, with_id
+from proxy.reply.batch import BLANK, IDS, Batch, Chunk, Item, Json, Run, noted, single_events, sse_events, with_id
 from proxy.reply.flow import Ended, Flow, Receive, Single, SingleFlow, Tapped, flow_of, push, tapped
 from proxy.reply.trailer import STALL_SECONDS, Sent, Switch, Trailer, Usage
 
 __all__ = [
     "BLANK", "IDS", "LISTS", "STALL_SECONDS", "Batch", "Chunk", "Completion", "Ended", "Flow", "Head", "Item", "Json", "Receive",
-    "Reply", "Run", "Sent", "Single", "SingleFlow", "Switch", "Tapped", "Trailer", "Try", "Usage", "flow_of", "push",
+    "Reply", "Run", "Sent", "Single", "SingleFlow", "Switch", "Tapped", "Trailer", "Try", "Usage", "flow_of", "noted", "push",
     "single_events", "sse_events", "tapped", "with_id",
 ]  # fmt: skip
 
@@ -84,6 +84,10 @@ class Reply:
         fields["head"] = head
         _set(twin, "__dict__", fields)
         return twin
+
+    def with_header(self, name: str, value: str) -> Reply:
+        """The same reply with one response header more."""
+        return self.with_head(headers={**self.head.headers, name: value})
 
     async def close(self, outcome: Outcome = Outcome.CANCELLED) -> None:
         """Give the reply up: its upstream is closed, its iterator is closed, its end callbacks run."""

@@ -121,3 +121,8 @@ def with_ids(events: bytes, number: int) -> bytes:
 def single_events(events: bytes) -> list[bytes]:
     """The single events of a run; JSON has no raw line break, so a blank line only stands between them."""
     return [event + b"\n\n" for event in events.split(b"\n\n")[:-1]]
+
+
+def noted(chunk: Chunk, name: str, found: object) -> Chunk:
+    """The chunk (or completion) with what one middleware has to say in its field `penstock`, beside what others say there."""
+    return {**chunk, "penstock": {**(chunk.get("penstock") or {}), name: found}}
