@@ -409,6 +409,25 @@ async def test_a_failing_target_is_a_status_and_leaves_nothing(tmp_path: Path) -
         await check_end(here, "upstream_error", "", 0)
 
 
+async def test_a_stream_that_breaks_while_all_of_it_is_held_back_tells_of_every_attempt(tmp_path: Path) -> None:
+    async def answer(asked: Asked, line: Line) -> None:
+        if asked.json["model"] == "a":
+            await whole(b'{"error": {"message": "down"}}', 503)(asked, line)
+            return
+        await line.head()
+        await line.chunk(*words("ada"))
+        line.hang_up()
+
+    async with serving(tmp_path) as here:
+        here.upstream.answer = answer
+        got = await here.say("Tell me", **{**ALL, "on_break": "error"}, model="pair")
+        line = await here.line()
+        assert (got.status, got.headers["X-Penstock-Attempts"], len(here.upstream.asked)) == (502, "3", 3)
+        assert (line["outcome"], line["target"], line["attempts"]) == ("upstream_cut", "second/b", 3)
+        assert [one["target"] for one in line["tries"]] == ["first/a", "first/a", "second/b"]
+        await check_end(here, "upstream_cut", "", 0)
+
+
 async def test_a_truncated_stream_ends_with_length_is_remembered_and_not_cached(tmp_path: Path) -> None:
     async with serving(tmp_path) as here:
         here.upstream.answer = endless(*(f"word{number} " for number in range(60)))
