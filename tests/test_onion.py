@@ -100,7 +100,7 @@ async def cut(asked: Asked, line: Line) -> None:
     """Three words, and the line is dead."""
     await line.head()
     await line.chunk(*words("The ", "first ", "half "))
-    line.reset()
+    line.hang_up()
 
 
 def endless(*texts: str) -> Callable[[Asked, Line], Any]:
@@ -446,7 +446,7 @@ async def test_a_stream_that_another_target_goes_on_with_is_whole_across_a_place
             await line.head()
             if asked.json["model"] == "a":
                 await line.chunk(*words("It goes ", "to [EMA"))
-                line.reset()
+                line.hang_up()
                 return
             await line.chunk(*words("IL_1], ", "sent."), *END)
             await line.end()
