@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from middleware import TABLE
@@ -19,24 +20,32 @@ SECTIONS: Mapping[str, Json] = {
     "reload": {"watch": False},
     "keepalive": {"keepalive_interval": "1s"},
 }
+# Of the store: what the machine's load makes late is not what is looked for here.
+STORE = {"timeout": "5s"}
 # The onion, outermost first.
 ONION: Mapping[str, Json] = {
     "chaos.inside:Inside": {},
     "resume": {"grace": "1s", "keep": "2s"},
     "metrics": {},
     "tracking": {},
+    "disconnect": {"finish_within": "2s"},
+    "memory": {"max_turns": 4, "max_turns_kept": 20, "timeout": "5s"},
+    "retrieval": {"top_k": 2},
+    "coalesce": {"max_lag_bytes": "64KiB"},
     "smooth": {},
     "bounds": {},
-    "disconnect": {"finish_within": "2s"},
-    "coalesce": {"max_lag_bytes": "64KiB"},
+    "guardrails": {"rules": ["email", "api_key"], "restore": True},
     "cache": {"ttl": "5s", "max_bytes": "1MiB"},
     "limits": {"per_key": {"concurrent": 100_000}},
+    "tool_guard": {"mode": "repair"},
     "continuation": {"prefill": {"second/*": "message"}},
     "fallback": {"failure_rate": 0.95, "min_requests": 50, "window": "2s", "cool_down": "500ms"},
     "retry": {"count": 1, "base": "10ms", "cap": "50ms", "budget": 1.0},
     "timeout": {"connect_timeout": "5s", "first_chunk_timeout": "1500ms", "idle_timeout": "1s", "call_timeout": "2s"},
 }
-OPTIONAL = ("resume", "smooth", "bounds", "disconnect", "coalesce", "continuation")
+OPTIONAL = (
+    "resume", "disconnect", "memory", "retrieval", "coalesce", "smooth", "bounds", "guardrails", "tool_guard", "continuation",
+)  # fmt: skip
 
 
 def features() -> tuple[set[str], list[str]]:
@@ -58,13 +67,15 @@ def _accepted(document: Json) -> bool:
     return True
 
 
-def config(provider: str, there: set[str], idle_ms: int = 1000) -> str:
-    """The file, for a provider at this base URL. idle_ms: what a reload changes."""
+def config(provider: str, folder: Path, there: set[str], idle_ms: int = 1000) -> str:
+    """The file, for a provider at this base URL. folder: of the store. idle_ms: what a reload changes."""
     row = {"api": "openai", "base_url": provider, "api_key": "sk-chaos-0123456789abcdef"}
     layers = {name: options for name, options in ONION.items() if name not in OPTIONAL or name in there}
     layers["timeout"] = {**layers["timeout"], "idle_timeout": f"{idle_ms}ms"}
     sections = [section for name, section in SECTIONS.items() if name in there]
+    stored = {"data_dir": str(folder), "store": STORE} if there & {"memory", "retrieval"} else {}
     document = {
+        **stored,
         "server": {key: value for section in (SERVER, *sections) for key, value in section.items()},
         "providers": {"first": row, "second": row},
         "models": {"wild": {"targets": ["first/a", "second/b"], "strategy": "fallback"}},

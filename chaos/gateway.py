@@ -29,7 +29,7 @@ SAMPLE = re.compile(r"^(\w+)(?:\{.*\})? (\S+)$", re.M)
 GAUGES = (
     "penstock_open_streams", "penstock_open_calls", "penstock_waiting_calls", "penstock_upstream_connections",
     "penstock_buffered_bytes", "penstock_concurrent", "penstock_flights", "penstock_detached", "penstock_resume_kept",
-    "penstock_resume_readers",
+    "penstock_resume_readers", "penstock_memory_waiting", "penstock_retrieval_indexing", "penstock_retrieval_waiting",
 )  # fmt: skip
 POLL = 0.05
 # Python's own allocator keeps an arena as long as anything lives in it: what is held would hide behind what was once (inside.py).

@@ -49,15 +49,15 @@ class Line:
         ended = self.answer is None or (self.answer.end == "clean" and self.answer.headers.get("connection") != "close")
         return ended and not self._reader.at_eof() and not self._writer.is_closing()
 
-    async def ask(self, method: str, path: str, body: Json | None = None, **headers: str) -> Answer:
+    async def ask(self, method: str, path: str, body: Json | bytes | None = None, **headers: str) -> Answer:
         """Sent, and the head of the answer read. Raises ConnectionError, IncompleteReadError."""
         self.send(method, path, body, **headers)
         self.answer = Answer(self._reader)
         await self.answer.begin()
         return self.answer
 
-    def send(self, method: str, path: str, body: Json | None = None, **headers: str) -> None:
-        text = b"" if body is None else orjson.dumps(body)
+    def send(self, method: str, path: str, body: Json | bytes | None = None, **headers: str) -> None:
+        text = body if isinstance(body, bytes) else b"" if body is None else orjson.dumps(body)
         fields = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": str(len(text))}
         fields |= {name.replace("_", "-"): value for name, value in headers.items()}
         self._writer.write(

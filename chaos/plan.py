@@ -31,8 +31,10 @@ BEHAVIOURS = {
     "read": (30, ""), "whole": (8, ""), "leave": (14, ""), "slow": (5, ""), "frozen": (1, ""), "crowd": (16, ""),
     "resume": (12, "resume"), "background": (5, "resume"), "cancel": (4, "resume"), "policy": (6, "disconnect"),
     "continue": (10, "continuation"), "smooth": (5, "smooth"), "bounded": (3, "bounds"), "early": (4, "keepalive"),
+    "session": (8, "memory"), "files": (5, "retrieval"), "guarded": (4, "guardrails"),
 }  # fmt: skip
 CROWD = 8  # visits that ask the same question
+SESSIONS = 7
 HUGE = 4096
 USAGE = {"stream_options": {"include_usage": True}}
 
@@ -129,6 +131,12 @@ class Plan:
                 return {"max_output_tokens_hard": dice.randint(1, 60)}
             case "early":
                 return {"keepalive_after": 100, "keepalive_interval": 1000}
+            case "session":
+                return {"sessionId": f"s-{dice.randrange(SESSIONS)}", "saveToMemory": dice.random() < 0.8}
+            case "files":
+                return {"useRAG": True, "cache": {"ttl": 5}}
+            case "guarded":
+                return {"plugins": [{"id": "pii_redaction"}]}
         return {}
 
     def _question(self, name: str) -> Question:

@@ -2,8 +2,8 @@
 
 Strategy: the conformance kit's provider serves the raw connection; here is only what is said on it. Every call is written down
 before its first byte leaves, and each piece before it leaves, so that no client can have more than what stands here.
-The one rule: which question it is stands in the first message; where there is an assistant's behind it, the answer goes on from
-there.
+The one rule: which question it is stands at the end of the last message that asks one; where there is an assistant's behind it,
+the answer goes on from there.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from proxy.conformance import provider as kit
 from proxy.conformance.provider import Exchange, Line, http_chunk
 
 Json = dict[str, Any]
+ASKS = "chaos "
 USAGE = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
 ERROR = orjson.dumps({"error": {"message": "The model has broken down.", "type": "server_error", "code": None}})
 MALFORMED = b'data: {"choices": [{"delta"\n\n'
 
 
 class Provider(kit.Provider):
-    """outage: the model that answers nothing but 503 for now."""
+    """seen: what stood before questions, how often. outage: the model that answers nothing but 503 for now."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self._plan = plan
         self._attempts: Counter[str] = Counter()
         self.called: list[Called] = []
+        self.seen: Counter[str] = Counter()
         self.outage = ""
 
     async def __aenter__(self) -> Provider:
@@ -52,11 +54,13 @@ class Provider(kit.Provider):
 
     def _exchange(self, line: Line) -> Exchange:
         messages = line.asked["messages"]
-        name = messages[0]["content"].removeprefix("chaos ")
+        place = max(number for number, one in enumerate(messages) if one["role"] == "user" and ASKS in one["content"])
+        before, _, name = messages[place]["content"].rpartition(ASKS)
+        self.seen.update({"asked with passages": bool(before), "asked with a history": place > 0})
         call = Called(name, self._attempts[name])
         self._attempts[name] += 1
         self.called.append(call)
-        spoken = next((one["content"] for one in messages[1:] if one["role"] == "assistant"), "")
+        spoken = next((one["content"] for one in messages[place + 1 :] if one["role"] == "assistant"), "")
         return Exchange(partial(self._answer, call, self._plan.question(name), spoken))
 
     async def _answer(self, call: Called, question: Question, spoken: str, line: Line) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,10 @@ WARM = 0.4  # of the time
 REST = 20.0
 DRAINED = 12  # streams that are open at SIGTERM
 BROKEN = "middleware: [nothing]\n"
+FILE = (
+    b'--of-chaos\r\nContent-Disposition: form-data; name="file"; filename="chaos.md"\r\n\r\n'
+    b"# What is asked in chaos\n\nIts own questions, questions of a crowd, and huge ones.\n\r\n--of-chaos--\r\n"
+)
 # Steps of the storm, at which part of it.
 OUT, RELOAD, BACK, BROKEN_FILE, RELOAD_AGAIN = 0.2, 0.35, 0.4, 0.5, 0.7
 
@@ -50,16 +54,19 @@ async def run(wanted: Wanted, scratch: Path) -> Found:
     """scratch: where the gateway's config and log are written."""
     there, left_out = features()
     plan = Plan(wanted.seed, there)
-    async with Provider(plan) as provider, running(config(provider.url, there), scratch) as gateway:
+    async with Provider(plan) as provider, running(config(provider.url, scratch, there), scratch) as gateway:
         clients = Clients(plan, gateway.port, "wild")
+        if "retrieval" in there:
+            await _upload(gateway)
         await _visited(clients, 3, 0.3)  # what is loaded late
         await _at_rest(gateway, provider)
         await _visited(clients, wanted.clients, wanted.seconds * WARM)
         if "reload" in there:
-            await gateway.reload(config(provider.url, there, 999))
+            await gateway.reload(config(provider.url, scratch, there, 999))
         before = await _at_rest(gateway, provider)
         storm = wanted.seconds * (1 - WARM)
-        steps = asyncio.create_task(_steps(gateway, provider, there, storm))
+        texts = [config(provider.url, scratch, there, idle) for idle in (1001, 1000)]
+        steps = asyncio.create_task(_steps(gateway, provider, texts if "reload" in there else None, storm))
         await _visited(clients, wanted.clients, storm)
         await steps
         after = await _at_rest(gateway, provider)
@@ -71,7 +78,15 @@ async def run(wanted: Wanted, scratch: Path) -> Found:
             lambda question: plan.question(question).text, clients.heard, provider.called, lines, at_rest, before, after,
             unfinished, reloads, drained, gateway.process.returncode, _unexpected(words), [*clients.faults, *provider.faults],
         )  # fmt: skip
-    return Found(evidence, left_out, _counts(evidence, clients))
+    return Found(evidence, left_out, _counts(evidence, clients) + provider.seen)
+
+
+async def _upload(gateway: Gateway) -> None:
+    """What passages are taken from; at rest it is indexed."""
+    line = await Line.open(gateway.port)
+    answer = await line.ask("POST", "/v1/files", FILE, Content_Type="multipart/form-data; boundary=of-chaos")
+    assert answer.status == 200, await answer.body()
+    line.leave()
 
 
 async def _visited(clients: Clients, count: int, seconds: float) -> None:
@@ -81,8 +96,8 @@ async def _visited(clients: Clients, count: int, seconds: float) -> None:
     await asyncio.gather(*(clients.visits(over) for _ in range(count)))
 
 
-async def _steps(gateway: Gateway, provider: Provider, there: set[str], seconds: float) -> None:
-    """What happens to gateway and provider in the storm."""
+async def _steps(gateway: Gateway, provider: Provider, texts: Sequence[str] | None, seconds: float) -> None:
+    """What happens to gateway and provider in the storm. texts: the good files; None: nothing is reloaded."""
     began = time.monotonic()
 
     async def at(part: float) -> None:
@@ -90,16 +105,17 @@ async def _steps(gateway: Gateway, provider: Provider, there: set[str], seconds:
 
     async def reload(part: float, text: str) -> None:
         await at(part)
-        if "reload" in there:
+        if texts is not None:
             await gateway.reload(text)
 
+    first, second = texts or ("", "")
     await at(OUT)
     provider.outage = "a"
-    await reload(RELOAD, config(provider.url, there, 1001))
+    await reload(RELOAD, first)
     await at(BACK)
     provider.outage = ""
     await reload(BROKEN_FILE, BROKEN)
-    await reload(RELOAD_AGAIN, config(provider.url, there, 1000))
+    await reload(RELOAD_AGAIN, second)
 
 
 async def _at_rest(gateway: Gateway, provider: Provider) -> State:
@@ -140,6 +156,9 @@ async def _drained(gateway: Gateway, clients: Clients) -> list[Heard]:
         {"coalesce": True},
         {"on_break": "continue"},
         {"smooth": True},
+        {"sessionId": "drained"},
+        {"useRAG": True},
+        {"plugins": [{"id": "pii_redaction"}]},
     )
     visits = [Visit(10**9 + n, "drained", f"endless-{n % len(ways)}", fields=dict(ways[n % len(ways)])) for n in range(DRAINED)]
     heard = [clients.new(visit) for visit in visits]

@@ -283,9 +283,7 @@ class Relay:
 
     def _completed(self) -> None:
         """The client has all of it; over a seam, if text of several targets was put together."""
-        trailer = self._reply.trailer
-        joined = trailer.clean_end is Outcome.COMPLETED and any(switch.at for switch in trailer.switches)
-        self._end(Outcome.CONTINUED if joined else trailer.clean_end)
+        self._end(self._reply.trailer.clean)
 
     def _end(self, outcome: Outcome, error: GatewayError | None = None) -> None:
         self._reply.trailer.end(outcome, error)

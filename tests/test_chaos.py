@@ -206,3 +206,4 @@ async def test_a_short_run_keeps_all_invariants(tmp_path: Path) -> None:
     assert found.left_out == [], "what is there takes part"
     assert found.counts["outcome completed"] > 100
     assert all(found.counts[f"outcome {name}"] for name in ("upstream_cut", "client_gone", "timeout_idle", "draining"))
+    assert all(found.counts[f"asked with {name}"] for name in ("passages", "a history"))

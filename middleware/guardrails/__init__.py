@@ -33,7 +33,7 @@ from proxy.errors import GatewayError, Outcome, why_cancelled
 from proxy.fold import unfolded
 from proxy.own_fields import OwnFields
 from proxy.pipeline import Handler, Sample, Surroundings
-from proxy.reply import Reply
+from proxy.reply import Reply, Try
 from proxy.units import Between
 
 HEADER = "X-Penstock-Guardrails"
@@ -130,6 +130,10 @@ class Guardrails:
         except BaseException as error:
             await guarded.aclose()
             await reply.close(_why(error))
+            if isinstance(error, GatewayError) and reply.head.cache not in ("hit", "joined"):
+                # What was asked further in had its head already: nobody else knows of it any more.
+                tried = Try(reply.head.target, error.code, reply.head.upstream_seconds)
+                error.tries = error.tries or (*reply.head.tries, tried)
             raise
         return altered(reply, chunks=guarded)
 

@@ -152,7 +152,7 @@ class Flight(Straight):
             self._ended(error)
             raise
         finally:
-            self._finish(None, Outcome.COMPLETED)
+            self._finish(None, self.reply.trailer.clean)
 
     async def _settle(self) -> None:
         """What middleware further in does after a clean end comes before the followers' end."""
@@ -162,7 +162,7 @@ class Flight(Straight):
         except Exception as error:
             self._ended(error)
         else:
-            self._finish(None, Outcome.COMPLETED)
+            self._finish(None, self.reply.trailer.clean)
 
     async def _pull(self) -> None:
         assert self._go is not None
@@ -175,7 +175,7 @@ class Flight(Straight):
         except Exception as error:
             self._ended(error)
         else:
-            self._finish(None, Outcome.COMPLETED)
+            self._finish(None, self.reply.trailer.clean)
 
     def _finish(self, error: GatewayError | None, outcome: Outcome) -> None:
         if self.over:

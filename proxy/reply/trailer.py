@@ -75,6 +75,12 @@ class Trailer:
         self._callbacks: list[Callable[[Trailer], None]] = []
         self._resources: list[Callable[[], None]] = []
 
+    @property
+    def clean(self) -> Outcome:
+        """What a clean end is called: `continued` over text of several targets, unless it was made on purpose."""
+        joined = self.clean_end is Outcome.COMPLETED and any(switch.at for switch in self.switches)
+        return Outcome.CONTINUED if joined else self.clean_end
+
     def silences(self, longest: float, stalls: int, last: float) -> None:
         """Note the gaps between writes. last: the silence before the end, which is a gap too: a stream that timed out had its
         longest there."""
