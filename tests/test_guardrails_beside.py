@@ -52,10 +52,11 @@ def test_what_stands_beside_a_text_is_looked_at(name: str, encoded: bool) -> Non
     assert ADDRESS not in passed(Screen(look(), None), BESIDE[name], encoded=encoded)
 
 
+@pytest.mark.parametrize("encoded", [False, True])
 @pytest.mark.parametrize("name", [name for name in BESIDE if not name.startswith(("log", "an object"))])
-def test_and_ends_a_reply_that_it_blocks(name: str) -> None:
+def test_and_ends_a_reply_that_it_blocks(name: str, encoded: bool) -> None:
     for screen in (Screen(look("block"), None), Screen(None, look("block"))):
-        assert ADDRESS not in passed(screen, BESIDE[name], encoded=False)
+        assert ADDRESS not in passed(screen, BESIDE[name], encoded=encoded)
         assert screen.blocked
 
 

@@ -81,8 +81,11 @@ class Screen:
             if len(self._keys) > 64:
                 self._keys.clear()
             chunk = orjson.loads(event[event.index(b"data: ") + 6 : -2])
-            if self._looked(chunk) is not chunk:
-                self._chunk(chunk)
+            seen = self._looked(chunk)
+            if self.blocked:
+                return
+            if seen is not chunk:
+                self._parts(seen)
                 return
             key = self._keys[events.head] = (chunk["choices"][0]["index"], "content", 0)
         said: str = orjson.loads(b'"%b"' % text) if b"\\" in text else text.decode()
