@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import orjson
@@ -31,6 +32,7 @@ GATEWAY_FIELDS = frozenset({
     "on_disconnect", "on_break", "resume", "background", "guardrails",
     "sessionId", "saveToMemory", "save_to_memory", "useRAG", "use_rag", "rag", "knowledge_bases",
 })  # fmt: skip
+GUARDRAILS = "guardrails"
 SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 NAME_LIMIT = 128
 ANYBODY = Principal()
@@ -60,18 +62,20 @@ class Defaults:
 @dataclass(frozen=True, slots=True)
 class Readers:
     """What the middleware reads of requests. fields: never sent upstream. admits: each may add to the call, or refuse it. peer:
-    some of it wants to know who is at the other end."""
+    some of it wants to know who is at the other end. guards: some of it reads `guardrails`."""
 
     fields: frozenset[str] = GATEWAY_FIELDS
     admits: tuple[Callable[[Call, OwnFields], Call], ...] = ()
     peer: bool = False
+    guards: bool = False
 
     @classmethod
     def of(cls, layers: Sequence[object]) -> Readers:
         """Those of the layers that have `FIELDS` or `admit`, in their order."""
         fields = GATEWAY_FIELDS.union(*(getattr(layer, "FIELDS", ()) for layer in layers))
         admits = tuple(layer.admit for layer in layers if hasattr(layer, "admit"))
-        return cls(fields, admits, any(getattr(layer, "NEEDS_PEER", False) for layer in layers))
+        peer = any(getattr(layer, "NEEDS_PEER", False) for layer in layers)
+        return cls(fields, admits, peer, any(GUARDRAILS in getattr(layer, "FIELDS", ()) for layer in layers))
 
 
 NO_READERS = Readers()
@@ -124,6 +128,8 @@ def admit(
     if body.get("n") is not None:
         Field(body["n"], "n").integer(1, 128)
     own = OwnFields(body, headers)
+    if not readers.guards:
+        _unguarded(own)
     # Most requests have none of the fields that are read here; then nothing is looked for (1.2 us).
     plain = READ_HERE.isdisjoint(body)
     route = directory.route(model)
@@ -151,6 +157,14 @@ def admit(
     return call
 
 
+def _unguarded(own: OwnFields) -> None:
+    """Nobody here looks at what passes: who asks for that must not believe that it is done. Raises Refused (400)."""
+    asked = own.get(GUARDRAILS)
+    if asked is not None and asked.value not in ([], {}, False):
+        message = f"{asked.path}: no guardrails are configured here."
+        raise Refused(message, code="unsupported", param=asked.path)
+
+
 def request_id(headers: Mapping[str, str]) -> str:
     """The client's X-Request-Id if it sent a sane one, else a new one."""
     sent = headers.get("x-request-id", "")
@@ -163,7 +177,7 @@ def _unique() -> str:
 
 
 def _header(headers: Mapping[str, str], name: str) -> str | None:
-    return headers.get(name, "")[:NAME_LIMIT] or None
+    return readable(headers.get(name, ""))[:NAME_LIMIT] or None
 
 
 def _name(own: OwnFields) -> str | None:
@@ -185,8 +199,28 @@ def _identity(own: OwnFields) -> str | None:
 
 
 def sent_identity(headers: Mapping[str, str]) -> str | None:
-    """Who the client's user is, by its headers alone."""
-    return _header(headers, "x-orq-identity-id") or _header(headers, "x-orq-contact-id")
+    """Who the client's user is, by its headers alone. A name that is too long keeps its beginning and what tells it apart from
+    all others, since what one user said is not for another."""
+    sent = headers.get("x-orq-identity-id") or headers.get("x-orq-contact-id")
+    if not sent:
+        return None
+    name = readable(sent)
+    if len(name) <= NAME_LIMIT:
+        return name
+    return f"{name[: NAME_LIMIT - 33]}~{sha256(name.encode()).hexdigest()[:32]}"
+
+
+def readable(sent: str) -> str:
+    """A header's text; bytes that are no UTF-8 are Latin-1, as HTTP once had it (RFC 9110, 5.5), and never half characters."""
+    return sent if sent.isascii() else _read(sent)
+
+
+def _read(sent: str) -> str:
+    try:
+        sent.encode()
+    except UnicodeEncodeError:
+        return sent.encode("utf-8", "surrogateescape").decode("latin-1")
+    return sent
 
 
 def _options(body: Json, own: OwnFields | None, defaults: Defaults) -> Options:

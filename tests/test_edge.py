@@ -392,6 +392,19 @@ GATEWAY_FIELDS: Json = {
 }
 
 
+@pytest.mark.parametrize("path", ["guardrails", "orq.guardrails", "penstock.guardrails"])
+async def test_guardrails_that_nobody_keeps_are_refused(upstream: Upstream, here: Gateway, path: str) -> None:
+    asked: Any = [{"id": "orq_pii_detection", "execute_on": "input"}]
+    for name in reversed(path.split(".")):
+        asked = {name: asked}
+    assert_refused(await ask(here.port, chat(**asked)), 400, code="unsupported", param=path)
+    assert upstream.asked == []
+
+
+async def test_those_that_nobody_asks_for_are_no_matter(here: Gateway) -> None:
+    assert (await ask(here.port, chat(guardrails=[]))).status == 200
+
+
 class TestWhatGoesUpstream:
     @pytest.mark.parametrize("field", GATEWAY_FIELDS)
     @pytest.mark.parametrize("api", FORMATS)

@@ -230,7 +230,7 @@ def test_a_whole_message_as_one_delta_is_taken_apart_and_folds_to_the_same() -> 
         "message": message,
         "finish_reason": "stop",
         "native_finish_reason": "stop",
-        "logprobs": {"content": [1]},
+        "logprobs": {"content": [{"token": "Text", "logprob": -0.1, "bytes": [*b"Text"]}]},
     }
     completion = {
         "id": "c",

@@ -139,6 +139,14 @@ def test_a_files_bytes_are_what_was_sent(content: bytes) -> None:
     assert read(form(part("file", content, "a.txt"), part("purpose", "vision")), KIND, 1000).content == content
 
 
+async def test_a_key_keeps_no_more_by_uploading_all_at_once(tmp_path: Path) -> None:
+    async with serving(tmp_path, "max_files: 2") as running:
+        sent = [form(part("file", f"text {number}", "a.txt")) for number in range(8)]
+        found = await asyncio.gather(*(posted(running.port, body, key=ONE) for body in sent))
+        assert sorted(got.status for got in found) == [200] * 2 + [413] * 6
+        assert len((await send(running.port, "GET", "/v1/files", key=ONE)).json["data"]) == 2
+
+
 async def test_a_key_may_keep_so_much_and_no_more(tmp_path: Path) -> None:
     async with serving(tmp_path, "max_files: 2, max_bytes: 1024") as running:
         await upload(running.port, "a" * 500, "a.txt", key=ONE)

@@ -98,8 +98,12 @@ class Guardrails:
         if not rules:
             return await next(call)
         passing = Passing(rules, Vault(), [])
-        call = await let_in(call, passing, self._policy, self._asker, partial(self._report, passing.found))
-        reply = await next(call)
+        report = partial(self._report, passing.found)
+        call = await let_in(call, passing, self._policy, self._asker, report)
+        try:
+            reply = await next(call)
+        except GatewayError as error:
+            raise Screen(self._policy.looks(rules, "output", passing.vault, report)[0], None).fault(error) from None
         if reply.head.status != 200:
             return reply
         if passing.found:

@@ -102,7 +102,7 @@ class Guarded:
 
     def _inner_ended(self, error: Exception | None) -> None:
         if error is not None:
-            self._end(error)
+            self._end(self._screen.fault(error))
         self._inner_over = True
         self._try_to_end()
 

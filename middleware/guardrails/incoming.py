@@ -16,6 +16,7 @@ from middleware.guardrails.edits import PLACEHOLDER, Look, Vault
 from middleware.guardrails.options import Rule
 from middleware.guardrails.outside import Asker, Said
 from middleware.guardrails.policy import Policy
+from middleware.guardrails.rules.reading import plain
 from middleware.guardrails.verdict import Action, ContentFiltered, Finding
 from proxy.call import Call, altered
 from proxy.estimate import estimated_input
@@ -116,5 +117,5 @@ def _texts(call: Call) -> dict[str, str]:
 
 
 def _placeholders(call: Call) -> set[str]:
-    """What looks like a placeholder of ours and is the client's own."""
-    return {name for text in _texts(call).values() if "[" in text for name in PLACEHOLDER.findall(text)}
+    """What looks like a placeholder of ours, in whatever spelling, and is the client's own."""
+    return {name for text in _texts(call).values() for name in PLACEHOLDER.findall(plain(text).text)}

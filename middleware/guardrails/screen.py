@@ -13,10 +13,13 @@ from typing import Any
 
 import orjson
 
+from middleware.guardrails.beside import looked
 from middleware.guardrails.channel import CONTEXT, Channel, Encoded
 from middleware.guardrails.edits import Look
 from middleware.guardrails.rules.reading import plain
-from middleware.guardrails.texts import OPAQUE, Key, Part, parts
+from middleware.guardrails.texts import Key, Part, parts
+from middleware.guardrails.verdict import UNSAID, worded
+from proxy.errors import GatewayError
 from proxy.reply import Batch, Chunk, Item, Run, single_events
 from proxy.text_events import TextEvents
 
@@ -60,6 +63,13 @@ class Screen:
         out, self._out = self._out, []
         return out
 
+    def fault(self, error: Exception) -> Exception:
+        """The error that the reply ends in; a provider may say in it what no text of its may have. Originals are not put back."""
+        if self._hold is None or not isinstance(error, GatewayError):
+            return error
+        settled = self._hold.onward().settled(error.message)
+        return error if settled == error.message else worded(error, settled or UNSAID)
+
     def _event(self, event: bytes) -> None:
         events = self._events
         text = events.text(event)
@@ -70,21 +80,32 @@ class Screen:
         if key is None:
             if len(self._keys) > 64:
                 self._keys.clear()
-            index = orjson.loads(event[event.index(b"data: ") + 6 : -2])["choices"][0]["index"]
-            key = self._keys[events.head] = (index, "content", 0)
+            chunk = orjson.loads(event[event.index(b"data: ") + 6 : -2])
+            seen = self._looked(chunk)
+            if self.blocked:
+                return
+            if seen is not chunk:
+                self._parts(seen)
+                return
+            key = self._keys[events.head] = (chunk["choices"][0]["index"], "content", 0)
         said: str = orjson.loads(b'"%b"' % text) if b"\\" in text else text.decode()
         self._text(key, Encoded(event, events.head, events.tail), said)
 
     def _chunk(self, chunk: Chunk) -> None:
+        chunk = self._looked(chunk)
+        if not self.blocked:
+            self._parts(chunk)
+
+    def _parts(self, chunk: Chunk) -> None:
         for part in parts(chunk):
             part = self._without_role(part)
             if part.key is not None:
                 self._text(part.key, part, part.text)
-            elif (left := self._looked(part.chunk)) is not None:
-                self._settle(over=_finishes(left))
+            elif not _empty(part.chunk):
+                self._settle(over=_finishes(part.chunk))
                 if self.blocked:
                     return
-                self._put(left)
+                self._put(part.chunk)
 
     def _text(self, key: Key, source: Part | Encoded, text: str) -> None:
         if self._watch is not None and self._watching(key).sees(text):
@@ -150,29 +171,9 @@ class Screen:
         choice = chunk["choices"][0]
         return {**chunk, "choices": [{**choice, "delta": {"role": role, **choice["delta"]}}]}
 
-    def _looked(self, chunk: Chunk) -> Chunk | None:
-        """A chunk whose text does not grow (annotations, blocks of tools): each of its texts is looked at by itself."""
-        choices = chunk["choices"]
-        if len(choices) == 1 and not choices[0]["delta"] and not choices[0].get("finish_reason") and choices[0].keys() <= BARE:
-            return None
-        changed = [self._choice(choice) for choice in choices]
-        return chunk if all(new is old for new, old in zip(changed, choices, strict=True)) else {**chunk, "choices": changed}
-
-    def _choice(self, choice: Json) -> Json:
-        delta = choice["delta"]
-        seen = {name: value if name in OPAQUE or isinstance(value, str) else self._value(value) for name, value in delta.items()}
-        return choice if all(seen[name] is value for name, value in delta.items()) else {**choice, "delta": seen}
-
-    def _value(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._alone(value)
-        if isinstance(value, list):
-            entries = [self._value(entry) for entry in value]
-            return value if all(new is old for new, old in zip(entries, value, strict=True)) else entries
-        if isinstance(value, dict):
-            seen = {name: found if name in OPAQUE else self._value(found) for name, found in value.items()}
-            return value if all(seen[name] is found for name, found in value.items()) else seen
-        return value
+    def _looked(self, chunk: Chunk) -> Chunk:
+        """A chunk, what stands beside its growing texts looked at: each of those texts is whole."""
+        return looked(chunk, self._alone, held=self._hold is not None)
 
     def _alone(self, text: str) -> str:
         if self._watch is not None and (watching := Watching(self._watch)) and (watching.sees(text) or watching.ends()):
@@ -208,6 +209,12 @@ class Watching:
 
 
 BARE = frozenset({"index", "delta", "finish_reason"})
+
+
+def _empty(chunk: Chunk) -> bool:
+    """Is it left with a choice of which nothing is said?"""
+    choices = chunk["choices"]
+    return len(choices) == 1 and not choices[0]["delta"] and not choices[0].get("finish_reason") and choices[0].keys() <= BARE
 
 
 def _finishes(chunk: Chunk) -> bool:

@@ -51,7 +51,7 @@ def _texts(choice: Json) -> list[tuple[Key, str]]:
         elif name == "tool_calls":
             found += [((index, f"{name}.{kind}", call.get("index", 0)), text) for call in value for kind, text in _said(call)]
         elif isinstance(value, dict):
-            found += [((index, f"{name}.{inside}", 0), value[inside]) for inside in _inside(value)]
+            found += [((index, f"{name}.{one}", 0), value[one]) for one in inside(value)]
         elif name == "reasoning_details":
             entries = [(entry.get("index") or 0, text) for entry in value for text in _thought(entry)]
             if [text for _, text in entries] != [delta.get(REASONING)]:
@@ -59,7 +59,7 @@ def _texts(choice: Json) -> list[tuple[Key, str]]:
     return found
 
 
-def _inside(value: Json) -> list[str]:
+def inside(value: Json) -> list[str]:
     """The texts of an object that grows: arguments of the older `function_call`, the transcript of audio."""
     return [name for name, text in value.items() if isinstance(text, str) and text and name not in OPAQUE and name != "name"]
 
@@ -104,7 +104,7 @@ def _is_text(name: str, value: Any) -> bool:
     if name in ("tool_calls", "reasoning_details"):
         return True
     if isinstance(value, dict):
-        return bool(_inside(value))
+        return bool(inside(value))
     return isinstance(value, str) and name != "role" and bool(value)
 
 
@@ -118,9 +118,9 @@ def _delta(delta: Json, key: Key, text: str) -> Json:
     if name == "reasoning_details":
         return {name: [entry for entry in delta[name] if (entry.get("index") or 0) == number and text in _thought(entry)][:1]}
     if kind:
-        value, texts = delta[name], _inside(delta[name])
+        value, texts = delta[name], inside(delta[name])
         # What is no text goes with the first.
-        beside = {inside: found for inside, found in value.items() if inside not in texts} if kind == texts[0] else {}
+        beside = {one: found for one, found in value.items() if one not in texts} if kind == texts[0] else {}
         return {name: {**beside, kind: text}}
     twins = delta.get("reasoning_details") if name == REASONING else None
     if twins and [said for entry in twins for said in _thought(entry)] == [text]:

@@ -40,6 +40,17 @@ class ContentFiltered(GatewayError):
         self.finding = finding
 
 
+# In place of a provider's error that a rule blocks.
+UNSAID = "The provider's error is not let through by a guardrail."
+
+
+def worded(error: GatewayError, message: str) -> GatewayError:
+    """The same error with another message, and none of the words that it had."""
+    twin = error.again()
+    twin.message, twin.args = message, (message,)
+    return twin
+
+
 def shown(findings: Iterable[Finding]) -> list[dict[str, str]]:
     """Each once, in the order in which they were found."""
     return [finding.shown() for finding in dict.fromkeys(findings)]

@@ -16,7 +16,8 @@ from proxy.own_fields import Field, OwnFields
 SESSION, SAVE = ("sessionId", "session_id"), ("saveToMemory", "save_to_memory")
 # Most requests of a gateway have none of these; then nothing more is looked for.
 NAMES = frozenset({*SESSION, *SAVE, "thread"})
-LONGEST = 256
+# Characters, as the store takes them.
+LONGEST = 200
 
 
 @dataclass(frozen=True, slots=True)

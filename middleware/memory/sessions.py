@@ -8,6 +8,7 @@ The one rule: whoever may not read a session cannot tell it from one that is not
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from hashlib import sha256
 from typing import Any
 from urllib.parse import unquote
 
@@ -22,11 +23,15 @@ Json = dict[str, Any]
 
 PATH = "/v1/sessions"
 USUAL_PAGE, LONGEST_PAGE = 20, 100
+# Of an owner or an id, in the store (bytes, which are no fewer than characters).
+LONGEST = 200
 
 
 def owner_of(principal: Principal, identity: str | None) -> str:
-    """Whose sessions they are. As JSON, so that no scope and identity can be written like two others."""
-    return orjson.dumps([principal.scope, identity or ""]).decode()
+    """Whose sessions they are. As JSON, so that no scope and identity can be written like two others; as a digest of it, which no
+    JSON is like, where that is longer than the store takes."""
+    said = orjson.dumps([principal.scope, identity or ""])
+    return said.decode() if len(said) <= LONGEST else f"sha256:{sha256(said).hexdigest()}"
 
 
 def no_memory() -> GatewayError:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
+from weakref import WeakValueDictionary
 
 from middleware.retrieval.refusals import answered, bad, missing, stored
 from middleware.retrieval.text import ExtractionError, kind_of
@@ -44,6 +45,8 @@ class Files:
         self, library: Callable[[], Library], bounds: Bounds, uploaded: Callable[[], None], clock: Callable[[], float]
     ) -> None:
         self._library, self._bounds, self._uploaded, self._clock = library, bounds, uploaded, clock
+        # By owner, for as long as somebody uploads.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def endpoints(self, base: str) -> Sequence[Endpoint]:
         path = f"{base}/files"
@@ -63,7 +66,9 @@ class Files:
         except ExtractionError as error:
             raise Refused(f"file: {error}", code="unsupported_file", param="file") from None
         owner = query.principal.scope
-        found = await self._same(owner, sent) or await self._library().add(owner, self._file(sent), sent.content)
+        # One after the other: each would see the room that all of them together have not.
+        async with self._turns.setdefault(owner, asyncio.Lock()):
+            found = await self._same(owner, sent) or await self._library().add(owner, self._file(sent), sent.content)
         self._uploaded()
         return answered(shown(found))
 
