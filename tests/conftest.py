@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.support.postgres import schema, server
 Json = dict[str, Any]
 NODE = Path(__file__).parent / "node"
 EXAMPLES = Path(__file__).parent.parent / "examples"
+BUILT = {"node_modules", "dist", "__pycache__"}  # in examples/, but no sources
 
 
 @pytest.fixture(scope="session")
@@ -37,10 +39,11 @@ def node(pytestconfig: pytest.Config) -> Json:
     assert pytestconfig.cache is not None
     folder = pytestconfig.cache.mkdir(f"node-openai-{wanted}")
     installed = folder / "node_modules" / "openai" / "package.json"
-    if not installed.exists():
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(NODE / name, folder / name)
-        _install(npm, folder, "the Node SDK")
+    with _one_at_a_time(NODE):
+        if not installed.exists():
+            for name in ("package.json", "package-lock.json"):
+                shutil.copy(NODE / name, folder / name)
+            _install(npm, folder, "the Node SDK")
     return {"program": program, "env": {**os.environ, "NODE_PATH": str(folder / "node_modules"), "NO_PROXY": "*"}}
 
 
@@ -51,22 +54,22 @@ def packages() -> Json:
     if program is None or npm is None:
         pytest.skip("Node and npm are not installed")
     modules = EXAMPLES / "node_modules"
-    stamp, lock = modules / ".installed", (EXAMPLES / "package-lock.json").read_bytes()
-    want = hashlib.sha256(lock).hexdigest()
-    if not stamp.exists() or stamp.read_text() != want:
-        _install(npm, EXAMPLES, "what the examples import")
-        stamp.write_text(want)
+    with _one_at_a_time(EXAMPLES), _once(modules / ".installed", [EXAMPLES / "package-lock.json"]) as needed:
+        if needed:
+            _install(npm, EXAMPLES, "what the examples import")
     return {"program": program, "env": {**os.environ, "NODE_PATH": str(modules), "NO_PROXY": "*"}}
 
 
 @pytest.fixture(scope="session")
 def pages(packages: Json) -> Json:
-    """The environment for Node, once the pages of the examples are built."""
+    """The environment for Node, once the pages of the examples are built. They are built anew where a source has changed."""
     vite = EXAMPLES / "node_modules" / "vite" / "bin" / "vite.js"
-    for which in ([], ["--ssr", "serve.ts"]):
-        command = [packages["program"], str(vite), "build", "--logLevel", "error", *which]
-        done = subprocess.run(command, cwd=EXAMPLES, env=packages["env"], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
+    sources = [path for path in sorted(EXAMPLES.rglob("*")) if path.is_file() and not BUILT & {*path.relative_to(EXAMPLES).parts}]
+    with _one_at_a_time(EXAMPLES), _once(EXAMPLES / "dist" / ".built", sources) as needed:
+        for which in ([], ["--ssr", "serve.ts"]) if needed else ():
+            command = [packages["program"], str(vite), "build", "--logLevel", "error", *which]
+            done = subprocess.run(command, cwd=EXAMPLES, env=packages["env"], capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stdout + done.stderr
     return packages
 
 
@@ -84,6 +87,24 @@ def browser(packages: Json) -> Iterator[Browser]:
 def here(pages: Json) -> Iterator[Site]:
     with held_port() as port, site(pages["program"], port) as address:
         yield Site(address, port)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Of the processes in which the tests run, one installs or builds here, and the others wait for it."""
+    with (folder / "package-lock.json").open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _once(stamp: Path, sources: Sequence[Path]) -> Iterator[bool]:
+    """Is there something to do? Not if it was done for these very sources."""
+    want = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in sources)).hexdigest()
+    needed = not stamp.exists() or stamp.read_text() != want
+    yield needed
+    if needed:
+        stamp.write_text(want)
 
 
 def _install(npm: str, folder: Path, what: str) -> None:
