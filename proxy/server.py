@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import orjson
@@ -315,6 +316,7 @@ def _answered(answer: Answer) -> Response:
     return Response(answer.status, answer.body, fields)
 
 
+@lru_cache(64)
 def _is_loopback(host: str) -> bool:
     """A name of this machine itself, with or without a port."""
     name = host.rsplit(":", 1)[0] if not host.endswith("]") else host

@@ -11,6 +11,8 @@ Format: https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-a
 from __future__ import annotations
 
 EVENT_LIMIT = 16 * 2**20
+# As a number: `b"\r" in data` first tries to take the bytes for one, and fails, at ten times the cost.
+RETURN = 0x0D
 
 
 class ErrorEvent(bytes):
@@ -46,7 +48,7 @@ class Framer:
             self._after_cr = False
         if not data or self.overflow:
             return []
-        if b"\r" in data:
+        if RETURN in data:
             self._after_cr = data.endswith(b"\r")
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         elif self._after_cr:
@@ -54,7 +56,7 @@ class Framer:
         parts = self._parts
         if parts:
             last = parts[-1]
-            if b"\n\n" not in data and not (data[0] == 10 and last[-1] == 10):
+            if data.find(b"\n\n") < 0 and not (data[0] == 10 and last[-1] == 10):
                 self._keep(data)
                 return []
             parts.append(data)

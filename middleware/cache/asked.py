@@ -48,6 +48,8 @@ class Policy:
     def read(self, own: OwnFields) -> Asked | None:
         """What holds for this request; None where the cache stays out of it. Raises Refused with the path."""
         cache, replay = own.get("cache"), own.get("replay")
+        if cache is None and replay is None and self.opt_in:
+            return None  # as most requests, and what they say in Cache-Control changes nothing then
         wanted = self._wanted(cache)
         details = cache if cache is not None and not isinstance(cache.value, bool) else None
         ttl, pace, usage = self._details(details, replay)

@@ -16,6 +16,7 @@ import orjson
 
 from proxy.reply import Chunk, Run
 
+NAME = b'"content"'
 MARK = b'"content":"'
 SPACED_MARK = b'"content": "'
 LESSONS = 4
@@ -156,8 +157,8 @@ def _plain(text: bytes) -> bool:
 
 def _around(payload: bytes, text: bytes) -> tuple[bytes, bytes] | None:
     """What stands before and after the one content text of a payload; None where it is not plainly there once."""
-    mark = SPACED_MARK if SPACED_MARK in payload else MARK
+    mark = SPACED_MARK if payload.find(SPACED_MARK) >= 0 else MARK
     before, found, rest = payload.partition(mark)
-    if not found or b'"content"' in before or not rest.startswith(text + b'"') or b'"content"' in rest[len(text) :]:
+    if not found or before.find(NAME) >= 0 or not rest.startswith(text + b'"') or rest.find(NAME, len(text)) >= 0:
         return None
     return before + found, rest[len(text) :]
