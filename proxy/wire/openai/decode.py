@@ -35,8 +35,9 @@ LONG_WAY = frozenset({"citations", "search_results", "x_groq"})
 TOOL_FIELDS = frozenset({"index", "id", "type", "function", "custom"})
 EMPTY: tuple[object, ...] = (None, "", [], {})
 # What `_usual` knows.
-BESIDE = ("service_tier", "system_fingerprint")
-USUAL_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "obfuscation", *BESIDE})
+USUAL_FIELDS = frozenset(
+    {"id", "object", "created", "model", "choices", "usage", "obfuscation", "service_tier", "system_fingerprint"}
+)
 USUAL_CHOICE = frozenset({"index", "delta", "finish_reason", "logprobs"})
 USUAL_DELTA = frozenset({"role", "content", "refusal"})
 USUAL_REASONS = frozenset({"stop", "length", "tool_calls", "content_filter"})
@@ -133,23 +134,23 @@ class Decoder(SseDecoder):
         """The first, the last and the usage chunk of a text stream as OpenAI itself sends them, in half the time of the long way,
         which gives the same. False, and nothing done, for any other.
         """
-        choices, usage, stream = chunk.get("choices"), chunk.get("usage"), self.stream
-        if type(choices) is not list or not chunk.keys() <= USUAL_FIELDS or chunk.get("object") == "error":
+        get, stream = chunk.get, self.stream
+        choices, usage, tier, fingerprint = get("choices"), get("usage"), get("service_tier"), get("system_fingerprint")
+        if type(choices) is not list or not USUAL_FIELDS.issuperset(chunk) or get("object") == "error":
             return False
-        for name in BESIDE:
-            if type(chunk.get(name, "")) not in (str, NoneType):
-                return False
+        if (tier is not None and type(tier) is not str) or (fingerprint is not None and type(fingerprint) is not str):
+            return False
         if len(choices) == 1:
             choice = choices[0]
-            if usage or type(choice) is not dict or not choice.keys() <= USUAL_CHOICE or choice.get("logprobs"):
+            if usage or type(choice) is not dict or not USUAL_CHOICE.issuperset(choice) or choice.get("logprobs"):
                 return False
             index, delta, native = choice.get("index"), choice.get("delta"), choice.get("finish_reason")
-            if type(index) is not int or type(delta) is not dict or not delta.keys() <= USUAL_DELTA or delta.get("refusal"):
+            if type(index) is not int or type(delta) is not dict or not USUAL_DELTA.issuperset(delta) or delta.get("refusal"):
                 return False
             content = delta.get("content")
             if type(content) not in (str, NoneType) or (native is not None and native not in USUAL_REASONS):
                 return False
-            self._note(chunk)
+            self._note(chunk, tier, fingerprint)
             stream.choice(index)
             if content:
                 stream.put({"content": content}, index)
@@ -160,16 +161,17 @@ class Decoder(SseDecoder):
         if choices or type(usage) is not dict or not usage:
             return False
         stream.usage = quirks.usage(usage)
-        self._note(chunk)
+        self._note(chunk, tier, fingerprint)
         return True
 
-    def _note(self, chunk: Json) -> None:
+    def _note(self, chunk: Json, tier: str | None, fingerprint: str | None) -> None:
         stream = self.stream
         if not stream.id or not stream.created:
             stream.identify(chunk.get("id"), chunk.get("created"))
-        for name in BESIDE:
-            if value := chunk.get(name):
-                stream.extras[name] = value
+        if tier:
+            stream.extras["service_tier"] = tier
+        if fingerprint:
+            stream.extras["system_fingerprint"] = fingerprint
 
     def _plain(self, chunk: Json) -> bool:
         """Is it a text delta of a choice that has begun, with nothing else to see to? Then it may go on as it is."""

@@ -86,8 +86,7 @@ class Template:
             return None
         last = data.rfind(before) + len(before)
         # Backslashes are looked for in the whole read, which takes no time; only few reads have any.
-        pattern = _cutters(len(self._theirs))[BACKSLASH in data]
-        texts: list[bytes] = pattern.findall(data, len(before), last)
+        texts = _cut(data[len(before) : last], len(self._theirs), quoting=BACKSLASH in data)
         if (end := data.find(self._after, last)) >= 0:
             texts.append(data[last:end])
         found = self._rewritten(data, texts)
@@ -127,11 +126,16 @@ class Template:
         self._ours = self.tail + self.head
 
 
+def _cut(data: bytes, gap: int, *, quoting: bool) -> list[bytes]:
+    """The texts behind each of which stand `gap` bytes, the first of them a quote. quoting: the texts may have quotes, too."""
+    unquoted, any_text = _patterns(gap)
+    return any_text.findall(data) if quoting else unquoted.split(data)[:-1]
+
+
 @lru_cache(256)
-def _cutters(gap: int) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
-    """What finds the texts between which `gap` bytes stand, of which the first is a quote: texts that have no quote, and any."""
+def _patterns(gap: int) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
     between = b'"(?s:.{%d})' % (gap - 1)
-    return re.compile(rb'([^"]+)' + between), re.compile(rb'([^"\\]*(?:\\.[^"\\]*)*)' + between)
+    return re.compile(between), re.compile(rb'([^"\\]*(?:\\.[^"\\]*)*)' + between)
 
 
 def _all_plain(texts: list[bytes]) -> bool:
