@@ -346,7 +346,9 @@ def test_an_unknown_coding_is_named_and_the_status_kept(coding: str, scene: Scen
     assert coding in str(error)
 
 
-@pytest.mark.parametrize("sent", [gzip.compress(BODY)[:-9], b"no gzip at all", gzip.compress(BODY) + b"more"])
+@pytest.mark.parametrize(
+    "sent", [gzip.compress(BODY)[:-9], b"no gzip at all", gzip.compress(BODY) + b"more"], ids=["cut", "none", "more"]
+)
 @pytest.mark.parametrize("pushed", [True, False])
 def test_what_does_not_unpack_is_malformed(sent: bytes, pushed: bool, scene: Scene) -> None:
     scene.feed(head(CHUNKED, "Content-Encoding: gzip"))
