@@ -30,7 +30,7 @@ from middleware.disconnect import Disconnect
 from proxy.app import Gateway
 from proxy.config import Config, parse
 from tests.support.gateway import Answer, RawClient, answer_of, ask, raw_request, until
-from tests.support.library import indexed, send
+from tests.support.uploads import indexed, send
 from tests.support.upstream import Asked, Held, Line, Upstream, stream, whole
 
 Json = dict[str, Any]

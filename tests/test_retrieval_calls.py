@@ -25,9 +25,9 @@ from proxy.call import Call
 from proxy.demo import DemoTransport
 from proxy.reply import Batch, Head, Reply, Run, Trailer, sse_events, tapped
 from proxy.store import Hit, Passage, StoreUnavailable
-from proxy.store.sqlite.library import SqliteLibrary
+from proxy.store.sqlite.files import SqliteLibrary
 from tests.support.gateway import Answer, ask, gateway
-from tests.support.library import indexed, send
+from tests.support.uploads import indexed, send
 from tests.support.upstream import Asked, Held, Line, Upstream, stream, whole
 
 Json = dict[str, Any]

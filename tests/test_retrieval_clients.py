@@ -24,7 +24,7 @@ from middleware.retrieval import layer
 from proxy.app import Gateway
 from proxy.demo import DemoTransport
 from tests.support.gateway import gateway
-from tests.support.library import pdf
+from tests.support.uploads import pdf
 
 Json = dict[str, Any]
 NODE = Path(__file__).parent / "node"

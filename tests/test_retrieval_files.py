@@ -24,9 +24,9 @@ from proxy.config import ConfigError
 from proxy.errors import Refused
 from proxy.pipeline import BASES
 from proxy.store import StoreUnavailable
-from proxy.store.sqlite.library import SqliteLibrary
+from proxy.store.sqlite.files import SqliteLibrary
 from tests.support.gateway import gateway
-from tests.support.library import BOUNDARY, TEXT, ended, form, indexed, listed, part, pdf, posted, send, upload
+from tests.support.uploads import BOUNDARY, TEXT, ended, form, indexed, listed, part, pdf, posted, send, upload
 
 Json = dict[str, Any]
 CONFIG = """

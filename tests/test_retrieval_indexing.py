@@ -38,7 +38,7 @@ from proxy.pipeline import Handler
 from proxy.reply import Batch, Head, Reply, Trailer
 from proxy.store import File, Passage, Store, StoreUnavailable, Where
 from tests.support.gateway import ask, chat, gateway, until
-from tests.support.library import ended, indexed, pdf, send, upload, zip_bomb
+from tests.support.uploads import ended, indexed, pdf, send, upload, zip_bomb
 from tests.support.upstream import Asked, Line, Upstream, whole
 
 Json = dict[str, Any]
@@ -101,7 +101,7 @@ async def indexing(
 ) -> AsyncIterator[Indexer]:
     """A loop that runs. now: what its clock says."""
     indexer = Indexer(read, vectors, lease, Counter(), clock=lambda: now, sleep=at_once)
-    task = asyncio.create_task(indexer.run(lambda: store.library))
+    task = asyncio.create_task(indexer.run(lambda: store.files))
     try:
         yield indexer
     finally:
@@ -110,14 +110,14 @@ async def indexing(
 
 
 async def add(store: Store, number: int, content: bytes = b"alpha beta gamma") -> None:
-    await store.library.add(OWNER, file(number), content)
+    await store.files.add(OWNER, file(number), content)
 
 
 async def over(store: Store, number: int) -> File:
     """The file when it is indexed, or failed."""
     async with asyncio.timeout(5):
         while True:
-            found = await store.library.file(OWNER, f"file-{number}")
+            found = await store.files.file(OWNER, f"file-{number}")
             assert found is not None
             if found.status in ("processed", "error"):
                 return found
@@ -125,7 +125,7 @@ async def over(store: Store, number: int) -> File:
 
 
 async def texts(store: Store, query: str = "alpha beta gamma delta") -> list[str]:
-    return sorted(hit.passage.text for hit in await store.library.search_text(OWNER, query, 99, Where()))
+    return sorted(hit.passage.text for hit in await store.files.search_text(OWNER, query, 99, Where()))
 
 
 # The loop
@@ -163,7 +163,7 @@ async def test_so_does_one_that_is_deleted_while_it_is_embedded(store: Store) ->
     embeds = Embeds()
 
     async def removing(call: Call) -> Reply:
-        await store.library.remove(OWNER, "file-1")
+        await store.files.remove(OWNER, "file-1")
         return await embeds(call)
 
     await add(store, 1)
@@ -223,7 +223,7 @@ async def test_a_file_that_is_deleted_meanwhile_stops_quietly(store: Store) -> N
     await add(store, 1)
     async with indexing(store, reader, lease=0.05) as indexer:
         await reader.begun.wait()
-        await store.library.remove(OWNER, "file-1")
+        await store.files.remove(OWNER, "file-1")
         await until(lambda: reader.cancelled)
         reader.go.set()
         await add(store, 2, b"delta")
@@ -246,18 +246,18 @@ async def test_a_claim_is_renewed_while_a_file_is_read_and_given_back_at_the_end
         await reader.begun.wait()
         indexer._clock = later
         await until(lambda: told == 2)  # with the second renewal, the first is over
-        assert await store.library.claim("other", 60.0, 2059.0) is None
+        assert await store.files.claim("other", 60.0, 2059.0) is None
     assert reader.cancelled
-    assert await store.library.claim("other", 60.0, 2001.0) is not None
+    assert await store.files.claim("other", 60.0, 2001.0) is not None
 
 
 async def test_after_a_crash_the_next_worker_goes_on_behind_what_is_kept(store: Store) -> None:
     """What was embedded is not asked for again, kept or not."""
     await add(store, 1, b"alpha beta gamma delta")
-    job = await store.library.claim("dead", 60.0, 1000.0)
+    job = await store.files.claim("dead", 60.0, 1000.0)
     assert job is not None
-    await store.library.keep("file-1", "dead", cut(b"alpha beta"), 0.5, 1000.0)
-    await store.library.remember("p/m", {digest("gamma"): [1.0, 1.0]})
+    await store.files.keep("file-1", "dead", cut(b"alpha beta"), 0.5, 1000.0)
+    await store.files.remember("p/m", {digest("gamma"): [1.0, 1.0]})
     embeds = Embeds()
     async with indexing(store, vectors=embedding(embeds), now=1061.0) as indexer:
         found = await over(store, 1)
@@ -269,7 +269,7 @@ async def test_after_a_crash_the_next_worker_goes_on_behind_what_is_kept(store: 
 
 async def test_a_store_that_was_down_is_asked_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     await add(store, 1)
-    library, failed = type(store.library), []
+    library, failed = type(store.files), []
     for name in ("claim", "keep", "settle"):
         whole_method = getattr(library, name)
 
@@ -302,7 +302,7 @@ async def test_embeddings_come_in_batches_and_a_target_that_is_down_is_asked_aga
         assert (await over(store, 1)).status == "processed"
     assert embeds.asked == [["alpha", "beta"], ["gamma"], ["gamma"], ["gamma"]]
     assert pauses == [1.0, 2.0]
-    assert len(await store.library.search_vectors(OWNER, [1.0, 1.0], 9, Where())) == 3
+    assert len(await store.files.search_vectors(OWNER, [1.0, 1.0], 9, Where())) == 3
     assert vectors.counts == {"requests": 4, "failures": 2, "tokens": 3}
     assert indexer.counts["unembedded"] == 0
 
@@ -322,23 +322,23 @@ async def test_a_target_that_stays_away_costs_the_vectors_and_not_the_file(
     assert (found.status, found.passages) == ("processed", 3)
     assert len(embeds.asked) == 1 + requests
     assert await texts(store) == ["alpha", "beta", "gamma"]
-    assert len(await store.library.search_vectors(OWNER, [1.0, 1.0], 9, Where())) == 1
+    assert len(await store.files.search_vectors(OWNER, [1.0, 1.0], 9, Where())) == 1
     assert indexer.counts == {"processed": 1, "passages": 3, "unembedded": 2}
 
 
 async def test_a_text_is_embedded_once_and_all_anew_where_the_model_has_changed(store: Store) -> None:
     first = Embeds()
-    await embedding(first).of_passages(["a", "b"], store.library)
+    await embedding(first).of_passages(["a", "b"], store.files)
     assert first.asked == [["a", "b"]]
-    await embedding(first).of_passages(["b", "c", "c"], store.library)
+    await embedding(first).of_passages(["b", "c", "c"], store.files)
     assert first.asked[1:] == [["c"]]
     other = Embeds(size=3)
-    found = await embedding(other).of_passages(["a", "d"], store.library)
+    found = await embedding(other).of_passages(["a", "d"], store.files)
     assert [len(vector) for vector in found] == [3, 3]
     assert other.asked == [["d"], ["a", "d"]]
     await embedding(first).of_questions(["q", "q"], 1.0)
     assert first.asked[-1] == ["q"]
-    assert await store.library.vectors("p/m", [digest("q")]) == {}
+    assert await store.files.vectors("p/m", [digest("q")]) == {}
 
 
 def digest(text: str) -> str:

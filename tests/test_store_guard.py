@@ -235,7 +235,7 @@ class Recorder:
 
 
 METHODS = [
-    (part, name) for part, protocol in (("conversations", Conversations), ("library", Library))
+    (part, name) for part, protocol in (("conversations", Conversations), ("files", Library))
     for name in vars(protocol) if not name.startswith("_")
 ]  # fmt: skip
 
@@ -255,7 +255,7 @@ class Patience(Guard):
 @pytest.mark.parametrize(("part", "name"), METHODS)
 async def test_each_method_passes_its_arguments_on_through_its_parts_guard(part: str, name: str) -> None:
     home = Recorder()
-    parts = [Patience(one) for one in ("conversations", "library", "search")]
+    parts = [Patience(one) for one in ("conversations", "files", "search")]
     store = guarded(Store("x", home, home), Guards(parts[0], parts[1], parts[2], 0.5, 10.0))
     method = getattr(getattr(store, part), name)
     args = tuple(object() for _ in inspect.signature(method).parameters)
@@ -278,7 +278,7 @@ async def test_a_search_that_fails_does_not_take_the_rest_away() -> None:
     store = guarded(Store("x", home, home), guards)  # type: ignore[arg-type]
     for _ in range(FAILURES + 1):
         with pytest.raises(StoreUnavailable):
-            await store.library.search_text("o", "q", 1, Where())
+            await store.files.search_text("o", "q", 1, Where())
     assert guards.search.circuit.open
-    assert await store.library.held("o") == "held"  # type: ignore[comparison-overlap]
+    assert await store.files.held("o") == "held"  # type: ignore[comparison-overlap]
     assert await store.conversations.session("o", "s") == "session"  # type: ignore[comparison-overlap]

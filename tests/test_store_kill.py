@@ -97,7 +97,7 @@ async def test_a_process_killed_in_the_middle_of_its_saves_leaves_every_save_who
             assert [turn.number for turn in turns] == list(range(1, len(turns) + 1))
             assert (session.turns, session.tokens) == (len(turns), 7 * len(turns))
             assert len(turns) >= saved["turn", name]
-        for file in await store.library.files("o", 100):
+        for file in await store.files.files("o", 100):
             assert file.passages % PASSAGES == 0
             assert file.passages >= saved.get(("kept", file.id), 0)
             assert file.status == "processed" or ("processed", file.id) not in saved
@@ -107,7 +107,7 @@ async def test_a_process_killed_in_the_middle_of_its_saves_leaves_every_save_who
 async def test_the_next_worker_goes_on_with_the_file_of_a_killed_one(place: str) -> None:
     saved = await asyncio.to_thread(killed, place, "kept", 12)
     home = await after_it(place)
-    library = home.store.library
+    library = home.store.files
     job = await library.claim("next", 60.0, 5000.0)
     assert job is not None
     assert job.done >= saved["kept", job.file.id]

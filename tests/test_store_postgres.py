@@ -88,7 +88,7 @@ async def test_a_step_that_fails_changes_nothing(database: str, monkeypatch: pyt
     async with home(database) as opened:
         assert opened.trouble == 'relation "half" already exists'
         with pytest.raises(StoreUnavailable, match="already exists"):
-            await opened.store.library.held("o")
+            await opened.store.files.held("o")
     assert await form(database) == []
 
 
@@ -164,7 +164,7 @@ async def test_connections_that_the_server_ends_are_made_anew_and_what_they_did_
         await db.execute("SELECT pg_terminate_backend($1)", await in_the_middle(db))
         with pytest.raises(StoreUnavailable):
             await saving
-        assert await opened.store.library.vectors("m", ["d"]) == {}
+        assert await opened.store.files.vectors("m", ["d"]) == {}
 
 
 async def test_a_caller_that_goes_in_the_middle_of_a_transaction_undoes_it_and_gives_its_connection_back(database: str) -> None:
@@ -175,7 +175,7 @@ async def test_a_caller_that_goes_in_the_middle_of_a_transaction_undoes_it_and_g
             saving.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await saving
-        assert await opened.store.library.vectors("m", ["d"]) == {}
+        assert await opened.store.files.vectors("m", ["d"]) == {}
 
 
 async def test_a_table_that_somebody_holds_costs_its_callers_their_patience_and_no_connection(database: str) -> None:
@@ -237,14 +237,14 @@ async def test_without_pgvector_it_says_so_and_what_was_kept_is_found_once_it_is
         assert opened.lacks is not None
         assert "CREATE EXTENSION vector" in opened.lacks
         await indexed(opened.store, "o", "a", "text", vectors=[[1.0, 0.0]])
-        assert await opened.store.library.search_vectors("o", [1.0, 0.0], 10, Where()) == []
+        assert await opened.store.files.search_vectors("o", [1.0, 0.0], 10, Where()) == []
         assert await found(opened.store, "o") == ["text"]
     async with connected(owner) as db:
         await db.execute('CREATE SCHEMA "Odd one"; GRANT USAGE ON SCHEMA "Odd one" TO plain')
         await db.execute('CREATE EXTENSION vector SCHEMA "Odd one"')
     async with home(url) as opened:
         assert opened.lacks is None
-        [hit] = await opened.store.library.search_vectors("o", [1.0, 0.0], 10, Where())
+        [hit] = await opened.store.files.search_vectors("o", [1.0, 0.0], 10, Where())
         assert hit.passage.text == "text"
 
 
@@ -252,6 +252,6 @@ async def test_vectors_that_pgvector_would_refuse_are_passed_over(database: str)
     vectors = [[float("inf"), 0.0], [float("nan"), 1.0], [1e300, 0.0], [0.0, 0.0], [1.0] * 16_001, [1.0, 0.0]]
     async with home(database) as opened:
         await indexed(opened.store, "o", "a", *(f"text {number}" for number in range(len(vectors))), vectors=vectors)
-        hits = await opened.store.library.search_vectors("o", [1.0, 0.0], 10, Where())
+        hits = await opened.store.files.search_vectors("o", [1.0, 0.0], 10, Where())
         assert [hit.passage.number for hit in hits] == [5]
-        assert await opened.store.library.search_vectors("o", [float("nan"), 0.0], 10, Where()) == []
+        assert await opened.store.files.search_vectors("o", [float("nan"), 0.0], 10, Where()) == []

@@ -31,11 +31,11 @@ async def test_words_are_found_in_other_forms_and_in_any_case(store: Store) -> N
 
 async def test_headings_are_searched_and_come_with_the_page(store: Store) -> None:
     await added(store, "o", "a", name="handbook.pdf")
-    await store.library.claim("w", 60.0, 1000.0)
+    await store.files.claim("w", 60.0, 1000.0)
     kept = Passage(0, "Four weeks.", "Handbook > Holidays", 7)
-    await store.library.keep("a", "w", [kept], 1.0, 1000.0)
-    await store.library.settle("a", "w", None)
-    [hit] = await store.library.search_text("o", "holidays", 10, EVERYWHERE)
+    await store.files.keep("a", "w", [kept], 1.0, 1000.0)
+    await store.files.settle("a", "w", None)
+    [hit] = await store.files.search_text("o", "holidays", 10, EVERYWHERE)
     assert (hit.file, hit.name, hit.passage) == ("a", "handbook.pdf", kept)
     assert hit.score > 0
 
@@ -50,12 +50,12 @@ async def test_other_languages_are_searched_by_their_words(store: Store) -> None
 async def test_no_more_come_than_were_asked_for_and_the_best_of_them(store: Store) -> None:
     vectors = [[math.cos(angle), math.sin(angle)] for angle in (0.5, 0.1, 0.4, 0.2, 0.3)]
     await indexed(store, "o", "a", *(f"text {number}" for number in range(5)), vectors=vectors)
-    assert len(await store.library.search_text("o", "text", 2, EVERYWHERE)) == 2
-    hits = await store.library.search_vectors("o", [1.0, 0.0], 3, EVERYWHERE)
+    assert len(await store.files.search_text("o", "text", 2, EVERYWHERE)) == 2
+    hits = await store.files.search_vectors("o", [1.0, 0.0], 3, EVERYWHERE)
     assert [hit.passage.number for hit in hits] == [1, 3, 4]
     assert [hit.score for hit in hits] == pytest.approx([math.cos(angle) for angle in (0.1, 0.2, 0.3)], abs=1e-5)
-    assert await store.library.search_text("o", "text", 0, EVERYWHERE) == []
-    assert await store.library.search_vectors("o", [1.0, 0.0], 0, EVERYWHERE) == []
+    assert await store.files.search_text("o", "text", 0, EVERYWHERE) == []
+    assert await store.files.search_vectors("o", [1.0, 0.0], 0, EVERYWHERE) == []
 
 
 async def test_only_the_files_and_the_collections_that_are_named_are_searched(store: Store) -> None:
@@ -71,25 +71,25 @@ async def test_only_the_files_and_the_collections_that_are_named_are_searched(st
         (Where(files=["none"]), ""),
     ]:
         assert sorted(await found(store, "o", where=where)) == [f"text {name}" for name in expected]
-        hits = await store.library.search_vectors("o", [1.0], 10, where)
+        hits = await store.files.search_vectors("o", [1.0], 10, where)
         assert sorted(hit.passage.text for hit in hits) == [f"text {name}" for name in expected]
 
 
 async def test_vectors_of_another_length_and_of_no_length_are_passed_over(store: Store) -> None:
     vectors = [[1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0], [-1.0, 0.0]]
     await indexed(store, "o", "a", "two", "three", "nowhere", "behind", vectors=vectors)
-    hits = await store.library.search_vectors("o", [2.0, 0.0], 10, EVERYWHERE)
+    hits = await store.files.search_vectors("o", [2.0, 0.0], 10, EVERYWHERE)
     assert [hit.passage.text for hit in hits] == ["two", "behind"]
     assert [hit.score for hit in hits] == pytest.approx([1.0, -1.0])
-    assert await store.library.search_vectors("o", [0.0, 0.0], 10, EVERYWHERE) == []
-    assert await store.library.search_vectors("o", [], 10, EVERYWHERE) == []
+    assert await store.files.search_vectors("o", [0.0, 0.0], 10, EVERYWHERE) == []
+    assert await store.files.search_vectors("o", [], 10, EVERYWHERE) == []
 
 
 async def test_passages_with_and_without_vectors_stand_side_by_side(store: Store) -> None:
     await indexed(store, "o", "a", "plain text")
     await indexed(store, "o", "b", "text with a vector", vectors=[[1.0]])
     assert len(await found(store, "o")) == 2
-    assert [hit.file for hit in await store.library.search_vectors("o", [1.0], 10, EVERYWHERE)] == ["b"]
+    assert [hit.file for hit in await store.files.search_vectors("o", [1.0], 10, EVERYWHERE)] == ["b"]
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -102,9 +102,9 @@ async def test_the_nearest_are_those_that_a_plain_sum_finds(
 ) -> None:
     await indexed(store, "o", "a", *(f"text {number}" for number in range(len(vectors))), vectors=vectors)
     try:
-        hits = await store.library.search_vectors("o", wanted, 5, EVERYWHERE)
+        hits = await store.files.search_vectors("o", wanted, 5, EVERYWHERE)
     finally:
-        await store.library.remove("o", "a")
+        await store.files.remove("o", "a")
     expected = sorted((cosine(vector, wanted) for vector in vectors if long(vector) and long(wanted)), reverse=True)[:5]
     assert [hit.score for hit in hits] == pytest.approx(expected, abs=1e-4)
 
@@ -126,10 +126,10 @@ def cosine(one: list[float], other: list[float]) -> float:
 @example("'; DROP TABLE files; --")
 @example("_ __ \0 \ud800")
 async def test_any_text_is_a_valid_query(store: Store, query: str) -> None:
-    if await store.library.file("o", "a") is None:
+    if await store.files.file("o", "a") is None:
         await indexed(store, "o", "a", "some text")
         await indexed(store, "p", "b", "any or and not near text scope heading")
-    hits = await store.library.search_text("o", query, 10, EVERYWHERE)
+    hits = await store.files.search_text("o", query, 10, EVERYWHERE)
     assert all(hit.file == "a" for hit in hits)
 
 
@@ -138,7 +138,7 @@ async def test_any_text_is_a_valid_query(store: Store, query: str) -> None:
 async def test_any_text_can_be_kept_and_the_words_beside_it_are_found(store: Store, text: str) -> None:
     await indexed(store, "o", "a", f"{text} harbour")
     try:
-        [hit] = await store.library.search_text("o", "harbour", 10, EVERYWHERE)
+        [hit] = await store.files.search_text("o", "harbour", 10, EVERYWHERE)
     finally:
-        await store.library.remove("o", "a")
+        await store.files.remove("o", "a")
     assert hit.passage.text == f"{text} harbour".encode("utf-8", "replace").decode().replace("\0", "\ufffd")

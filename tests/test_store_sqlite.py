@@ -122,7 +122,7 @@ async def test_two_homes_on_one_file_see_each_others_writes_and_lose_none(tmp_pa
     assert sorted(await asyncio.gather(*turns)) == list(range(1, 61))
     assert len(await one.store.conversations.turns("o", "s", 100)) == 60
     await added(one.store, "o", "a")
-    jobs = await asyncio.gather(*(home.store.library.claim("w", 60.0, 1.0) for home in (one, other)))
+    jobs = await asyncio.gather(*(home.store.files.claim("w", 60.0, 1.0) for home in (one, other)))
     assert sum(job is not None for job in jobs) == 1
     await one.close()
     await other.close()
@@ -181,7 +181,7 @@ async def test_a_closed_store_says_so_and_what_was_waiting_is_done(tmp_path: Pat
     await home.close()
     assert len(await asyncio.gather(*waiting)) == 5
     with pytest.raises(StoreUnavailable, match="closed"):
-        await home.store.library.held("o")
+        await home.store.files.held("o")
     await home.close()
 
 
@@ -192,7 +192,7 @@ async def test_without_numpy_nothing_is_found_by_vectors_and_the_home_says_so(
     monkeypatch.setattr("proxy.store.sqlite.search.has_numpy", lambda: False)
     home = await sqlite.opened(tmp_path)
     await indexed(home.store, "o", "a", "text", vectors=[[1.0]])
-    assert await home.store.library.search_vectors("o", [1.0], 10, Where()) == []
+    assert await home.store.files.search_vectors("o", [1.0], 10, Where()) == []
     assert await found(home.store, "o") == ["text"]
     assert home.lacks is not None
     assert "pip install 'penstock[retrieval]'" in home.lacks
@@ -203,11 +203,11 @@ async def test_the_full_text_index_stays_true_to_the_passages(tmp_path: Path) ->
     home = await sqlite.opened(tmp_path)
     for name in "abc":
         await indexed(home.store, "o", name, f"text {name}", "more text")
-    await home.store.library.remove("o", "a")
-    await home.store.library.add("o", file("d"), b"d")
-    await home.store.library.claim("w", 60.0, 1000.0)
-    await home.store.library.keep("d", "w", passages("half a text"), 0.5, 1000.0)
-    await home.store.library.settle("d", "w", "broken")
+    await home.store.files.remove("o", "a")
+    await home.store.files.add("o", file("d"), b"d")
+    await home.store.files.claim("w", 60.0, 1000.0)
+    await home.store.files.keep("d", "w", passages("half a text"), 0.5, 1000.0)
+    await home.store.files.settle("d", "w", "broken")
     await home.close()
     db = connection(tmp_path / "penstock.db")
     db.execute("INSERT INTO passages_text (passages_text, rank) VALUES ('integrity-check', 1)")

@@ -40,8 +40,8 @@ async def recalls(
     with tempfile.TemporaryDirectory() as folder:
         home = await opened(Path(folder))
         try:
-            await _filled(home.store.library, found)
-            return await _searched(home.store.library, asked, vectors)
+            await _filled(home.store.files, found)
+            return await _searched(home.store.files, asked, vectors)
         finally:
             await home.close()
 

@@ -126,7 +126,7 @@ class Retrieval:
 
     def _library(self) -> Library:
         assert self._store is not None, "attached before the first call"
-        return self._store.library
+        return self._store.files
 
     # Calls
 

@@ -213,4 +213,4 @@ class Store:
 
     kind: str
     conversations: Conversations
-    library: Library
+    files: Library

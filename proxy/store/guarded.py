@@ -19,19 +19,19 @@ class Guards:
     """One for each part of the store that may fail by itself. short, long: patience in seconds."""
 
     conversations: Guard
-    library: Guard
+    files: Guard
     search: Guard
     short: float
     long: float
 
     @property
     def all(self) -> Sequence[Guard]:
-        return self.conversations, self.library, self.search
+        return self.conversations, self.files, self.search
 
 
 def guarded(store: Store, guards: Guards) -> Store:
     return Store(
-        store.kind, GuardedConversations(store.conversations, guards), GuardedLibrary(store.library, guards)
+        store.kind, GuardedConversations(store.conversations, guards), GuardedLibrary(store.files, guards)
     )  # fmt: skip
 
 
@@ -62,11 +62,11 @@ class GuardedConversations:
 
 
 class GuardedLibrary:
-    """See `proxy.store.Library`."""
+    """See `Library` in `proxy.store`."""
 
     def __init__(self, home: Library, guards: Guards) -> None:
         self._home = home
-        self._call, self._search = guards.library.call, guards.search.call
+        self._call, self._search = guards.files.call, guards.search.call
         self._short, self._long = guards.short, guards.long
 
     async def add(self, owner: str, file: File, content: bytes) -> File:

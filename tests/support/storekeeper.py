@@ -47,13 +47,13 @@ async def index(store: Store, say: Callable[[str], object]) -> None:
     for number in range(10**6):
         content = f"{number}".encode()
         file = File(f"f{number}", "a.txt", "text/plain", len(content), sha256(content).hexdigest(), 1000.0)
-        await store.library.add("o", file, content)
-        await store.library.claim("killed", 60.0, 1000.0)
+        await store.files.add("o", file, content)
+        await store.files.claim("killed", 60.0, 1000.0)
         for start in range(0, 100 * PASSAGES, PASSAGES):
             passages = [Passage(at, f"text number {at}", vector=[1.0, float(at)]) for at in range(start, start + PASSAGES)]
-            if await store.library.keep(file.id, "killed", passages, 0.5, 1000.0):
+            if await store.files.keep(file.id, "killed", passages, 0.5, 1000.0):
                 say(f"kept {file.id} {start + PASSAGES}")
-        await store.library.settle(file.id, "killed", None)
+        await store.files.settle(file.id, "killed", None)
         say(f"processed {file.id} 1")
 
 

@@ -1,6 +1,6 @@
 """The home that several machines share: PostgreSQL through asyncpg, with pgvector where the server has it.
 
-Strategy: `database` is the pool of connections and how it comes to be; `conversations` and `library` are the two protocols in
+Strategy: `database` is the pool of connections and how it comes to be; `conversations` and `files` are the two protocols in
 SQL, `search` what is found.
 The one rule: a server that is away or lacks pgvector takes away what needs it, and nothing else.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from proxy.store import Store
 from proxy.store.postgres.conversations import PostgresConversations
 from proxy.store.postgres.database import NO_PGVECTOR, Changed, Database
-from proxy.store.postgres.library import PostgresLibrary
+from proxy.store.postgres.files import PostgresLibrary
 
 
 class PostgresHome:

@@ -1,6 +1,6 @@
 """The embedded home: a file, through Python's own sqlite3. Nothing to install, nothing to run; several processes may share it.
 
-Strategy: `lane` is a thread with a connection, `database` the file with three of them; `conversations` and `library` are the two
+Strategy: `lane` is a thread with a connection, `database` the file with three of them; `conversations` and `files` are the two
 protocols in SQL, `search` and `nearest` what is found.
 The one rule: no extension of SQLite is needed, since many Pythons cannot load any.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from proxy.store import Store
 from proxy.store.sqlite.conversations import SqliteConversations
 from proxy.store.sqlite.database import Database
-from proxy.store.sqlite.library import SqliteLibrary
+from proxy.store.sqlite.files import SqliteLibrary
 from proxy.store.sqlite.search import has_numpy
 
 NO_NUMPY = "numpy is missing, so nothing is searched by vectors (pip install 'penstock[retrieval]', then a restart)"

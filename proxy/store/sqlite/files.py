@@ -35,7 +35,7 @@ MINE = "SELECT key, owner FROM files WHERE id = ? AND worker = ? AND status = 'p
 
 
 class SqliteLibrary:
-    """See `proxy.store.Library`."""
+    """See `Library` in `proxy.store`."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

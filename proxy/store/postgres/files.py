@@ -51,7 +51,7 @@ LET_GO = """DELETE FROM penstock_embeddings WHERE key <= (
 
 
 class PostgresLibrary:
-    """See `proxy.store.Library`."""
+    """See `Library` in `proxy.store`."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
