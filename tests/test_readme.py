@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import shutil
 import sys
@@ -15,6 +14,7 @@ from middleware import TABLE
 from proxy.app import Gateway
 from proxy.config import load, parse
 from proxy.wire import WIRES
+from tests.support.programs import output
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,15 +30,6 @@ def block(language: str, containing: str) -> str:
     assert len(found) == 1, f"one {language} block with {containing!r}"
     text: str = found[0]
     return text
-
-
-async def output(*command: str, **options: Any) -> str:
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, **options)
-    async with asyncio.timeout(30):
-        out, err = await process.communicate()
-    assert process.returncode == 0, err.decode()
-    return out.decode()
 
 
 def on(gateway: Gateway, text: str) -> str:

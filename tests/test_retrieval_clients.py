@@ -24,6 +24,7 @@ from middleware.retrieval import layer
 from proxy.app import Gateway
 from proxy.demo import DemoTransport
 from tests.support.gateway import gateway
+from tests.support.programs import output
 from tests.support.uploads import pdf
 
 Json = dict[str, Any]
@@ -154,15 +155,6 @@ async def test_a_super_agents_client_is_answered_from_its_pdf(tmp_path: Path) ->
         assert json.loads(text)["messages"] == MESSAGES
         with pytest.raises(openai.NotFoundError):
             await other.files.retrieve(sent.id)
-
-
-async def output(*command: str, **options: Any) -> str:
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, **options)
-    async with asyncio.timeout(30):
-        out, err = await process.communicate()
-    assert process.returncode == 0, err.decode()
-    return out.decode()
 
 
 async def test_the_node_sdk(tmp_path: Path, node: Json) -> None:
