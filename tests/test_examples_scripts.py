@@ -6,7 +6,6 @@ The one rule: a script that no longer prints what its README shows is a fault of
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 import sys
@@ -19,21 +18,13 @@ from middleware import TABLE
 from proxy.app import Gateway
 from proxy.config import parse
 from tests.support.gateway import until
+from tests.support.programs import output
 
 Json = dict[str, Any]
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FOLDERS = ["node-script", "python-script", "fetch-sse", "react-chat", "ai-sdk-chat", "eventsource", "next-route"]
 CONFIG = "server: {port: 0}\nproviders: {demo: {api: demo}}\nmiddleware: [tracking]"
 WORDS = "This is Penstock's demo provider; it has no model behind it. You said: "
-
-
-async def output(*command: str, env: Json | None = None) -> str:
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, env=env)
-    async with asyncio.timeout(30):
-        out, err = await process.communicate()
-    assert process.returncode == 0, out.decode() + err.decode()
-    return out.decode()
 
 
 async def check(lines: list[Json], *command: str, env: Json | None = None) -> list[str]:

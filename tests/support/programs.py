@@ -12,5 +12,5 @@ async def output(*command: str, **options: Any) -> str:
     process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, **options)
     async with asyncio.timeout(30):
         out, err = await process.communicate()
-    assert process.returncode == 0, err.decode()
+    assert process.returncode == 0, out.decode() + err.decode()
     return out.decode()
