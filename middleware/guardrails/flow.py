@@ -19,7 +19,7 @@ from middleware.guardrails.screen import Screen
 from middleware.guardrails.verdict import ContentFiltered, Finding
 from proxy.call import Call
 from proxy.errors import GatewayError, Outcome
-from proxy.reply import Batch, Ended, Item, Receive, Reply, flow_of
+from proxy.reply import Batch, Ended, Item, Pulling, Receive, Reply, flow_of
 
 
 class Guarded:
@@ -31,7 +31,7 @@ class Guarded:
     def __init__(self, call: Call, reply: Reply, screen: Screen, found: list[Finding]) -> None:
         self._call, self._reply, self._screen, self._found = call, reply, screen, found
         self._trailer = reply.trailer
-        self._flow = flow_of(reply.chunks)
+        self._flow = flow_of(reply.chunks) or Pulling(reply.chunks)
         self._close_upstream = reply.trailer.so_far()
         self._gates: Sequence[Gate] = ()
         self._holding: Gate | None = None
@@ -45,9 +45,7 @@ class Guarded:
         self._started = self._inner_over = self._ending = False
         self._over = self._cut = self._closed = False
         self._error: Exception | None = None
-        self._pulling: asyncio.Task[None] | None = None
-        self._resumed: asyncio.Future[None] | None = None
-        self._paused = self._asked_to_wait = False
+        self._asked_to_wait = False
         self._trailer.own(self._close)
 
     def gated(self, gates: Sequence[Gate], holding: Gate | None) -> None:
@@ -56,10 +54,7 @@ class Guarded:
     async def start(self) -> None:
         """Until the first chunk may go, all of them for a client that does not stream. Raises what the reply ends in before that,
         `ContentFiltered` among it."""
-        if self._flow is not None:
-            self._flow.push(self._take, self._inner_ended)
-        else:
-            self._pulling = asyncio.get_running_loop().create_task(self._pull())
+        self._flow.push(self._take, self._inner_ended)
         while not self._over and not (self._ready and self._call.stream):
             await self._woken()
         if self._error is not None and not self._ready:
@@ -105,19 +100,6 @@ class Guarded:
             self._end(self._screen.fault(error))
         self._inner_over = True
         self._try_to_end()
-
-    async def _pull(self) -> None:
-        """The task that reads what cannot push."""
-        try:
-            async for batch in self._reply.chunks:
-                self._take(batch)
-                while self._paused:
-                    self._resumed = asyncio.get_running_loop().create_future()
-                    await self._resumed
-        except Exception as error:
-            self._inner_ended(error)
-        else:
-            self._inner_ended(None)
 
     # Out
 
@@ -208,21 +190,16 @@ class Guarded:
         self._go_on()
 
     async def finished(self) -> None:
-        if self._flow is not None and not self._cut:
+        if not self._cut:
             await self._flow.finished()
 
     def _hold_on(self) -> None:
-        self._paused = True
-        if self._flow is not None and not self._over:
+        if not self._over:
             self._flow.pause()
 
     def _go_on(self) -> None:
-        self._paused = False
-        if self._flow is not None:
-            if not self._over and not self._closed:
-                self._flow.resume()
-        elif self._resumed is not None and not self._resumed.done():
-            self._resumed.set_result(None)
+        if not self._over and not self._closed:
+            self._flow.resume()
 
     # Pulled
 
@@ -244,8 +221,8 @@ class Guarded:
 
     async def aclose(self) -> None:
         self._close()
-        if self._pulling is not None and self._pulling is not asyncio.current_task():
-            await asyncio.gather(self._pulling, return_exceptions=True)
+        if isinstance(self._flow, Pulling):
+            await self._flow.gone()
         if (aclose := getattr(self._reply.chunks, "aclose", None)) is not None:
             await aclose()
 
@@ -263,8 +240,8 @@ class Guarded:
         self._receive = self._ended = None
         for gate in self._gates:
             gate.close()
-        if self._pulling is not None:
-            self._pulling.cancel()
+        if isinstance(self._flow, Pulling):
+            self._flow.cancel()
         if not self._over:
             self._over, self._error = True, GatewayError("The stream was closed before its end.")
             self._awake()

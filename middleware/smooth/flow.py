@@ -15,7 +15,7 @@ from typing import Protocol
 
 from middleware.smooth.waiting import GRAIN, Waiting
 from proxy.errors import GatewayError
-from proxy.reply import Batch, Ended, Receive, Trailer, flow_of
+from proxy.reply import Batch, Ended, Pulling, Receive, Trailer, flow_of
 
 # Who pulls is given this many batches in advance, then the upstream is paused.
 AHEAD = 4
@@ -40,7 +40,7 @@ class Smoothed:
 
     def __init__(self, chunks: AsyncIterator[Batch], waiting: Waiting, trailer: Trailer, clock: Clock | None = None) -> None:
         self._chunks = chunks
-        self._flow = flow_of(chunks)
+        self._flow = flow_of(chunks) or Pulling(chunks)
         self._waiting = waiting
         self._clock = clock or asyncio.get_running_loop()
         self._timer: Timer | None = None
@@ -48,9 +48,6 @@ class Smoothed:
         self._ended: Ended | None = None
         self._paused = False
         self._closed = False
-        # Where it cannot be pushed into: the task that pulls, and what it waits for while the reader is slow.
-        self._pulling: asyncio.Task[None] | None = None
-        self._resumed: asyncio.Future[None] | None = None
         # Where it is pulled.
         self._out: _Queue | None = None
         trailer.own(self._close)
@@ -59,28 +56,20 @@ class Smoothed:
 
     def push(self, receive: Receive, ended: Ended) -> None:
         self._receive, self._ended = receive, ended
-        if self._flow is not None:
-            self._flow.push(self._take, self._over)
-        else:
-            self._pulling = asyncio.get_running_loop().create_task(self._pulled())
+        self._flow.push(self._take, self._over)
 
     def pause(self) -> None:
         self._paused = True
         self._stop_timer()
-        if self._flow is not None:
-            self._flow.pause()
+        self._flow.pause()
 
     def resume(self) -> None:
         self._paused = False
         self._let_out()
-        if self._flow is not None:
-            self._flow.resume()
-        elif self._resumed is not None and not self._resumed.done():
-            self._resumed.set_result(None)
+        self._flow.resume()
 
     async def finished(self) -> None:
-        if self._flow is not None:
-            await self._flow.finished()
+        await self._flow.finished()
 
     def _take(self, batch: Batch) -> None:
         """A batch has come. Numbered ones have their numbers written down elsewhere, and a comment stands before its own events:
@@ -137,23 +126,10 @@ class Smoothed:
         self._closed = True
         self._stop_timer()
         self._receive = self._ended = None
-        if self._pulling is not None:
-            self._pulling.cancel()
+        if isinstance(self._flow, Pulling):
+            self._flow.cancel()
         if self._out is not None:
             self._out.end(GatewayError("The stream was closed before its end."))
-
-    async def _pulled(self) -> None:
-        """The task that reads what cannot push."""
-        try:
-            async for batch in self._chunks:
-                self._take(batch)
-                while self._paused:
-                    self._resumed = asyncio.get_running_loop().create_future()
-                    await self._resumed
-        except Exception as error:
-            self._over(error)
-        else:
-            self._over(None)
 
     # Pulled
 
@@ -173,8 +149,8 @@ class Smoothed:
 
     async def aclose(self) -> None:
         self._close()
-        if self._pulling is not None:
-            await asyncio.gather(self._pulling, return_exceptions=True)
+        if isinstance(self._flow, Pulling):
+            await self._flow.gone()
         if (aclose := getattr(self._chunks, "aclose", None)) is not None:
             await aclose()
 

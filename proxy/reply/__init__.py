@@ -18,12 +18,13 @@ from typing import Any
 
 from proxy.errors import Outcome
 from proxy.reply.batch import BLANK, IDS, Batch, Chunk, Item, Json, Run, noted, single_events, sse_events, with_id
-from proxy.reply.flow import Ended, Flow, Receive, Single, SingleFlow, Tapped, flow_of, push, tapped
+from proxy.reply.flow import Ended, Flow, Pulling, Receive, Single, SingleFlow, Tapped, flow_of, push, tapped
 from proxy.reply.trailer import STALL_SECONDS, Sent, Switch, Trailer, Usage
 
 __all__ = [
     "BLANK", "IDS", "LISTS", "STALL_SECONDS", "Batch", "Chunk", "Completion", "Ended", "Flow", "Head", "Item", "Json", "Receive",
-    "Reply", "Run", "Sent", "Single", "SingleFlow", "Switch", "Tapped", "Trailer", "Try", "Usage", "flow_of", "noted", "push",
+    "Pulling", "Reply", "Run", "Sent", "Single", "SingleFlow", "Switch", "Tapped", "Trailer", "Try", "Usage", "flow_of", "noted",
+    "push",
     "single_events", "sse_events", "tapped", "with_id",
 ]  # fmt: skip
 

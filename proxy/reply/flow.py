@@ -7,6 +7,7 @@ The one rule: pushed or pulled, a reader gets the same batches in the same order
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol, cast
 
@@ -63,6 +64,54 @@ def push(flow: Flow, receive: Receive, ended: Ended, single: Single) -> None:
 def flow_of(chunks: AsyncIterator[Batch]) -> Flow | None:
     """The iterator as a flow, if it can push."""
     return cast(Flow, chunks) if getattr(chunks, "pushes", False) else None
+
+
+class Pulling:
+    """What can only be pulled, as a flow: a task reads it and hands each batch on. Whoever makes it closes the iterator."""
+
+    pushes = True
+
+    def __init__(self, chunks: AsyncIterator[Batch]) -> None:
+        self._chunks = chunks
+        self._task: asyncio.Task[None] | None = None
+        self._paused = False
+        self._resumed: asyncio.Future[None] | None = None
+
+    def push(self, receive: Receive, ended: Ended) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._pull(receive, ended))
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+        if self._resumed is not None and not self._resumed.done():
+            self._resumed.set_result(None)
+
+    async def finished(self) -> None:
+        """An iterator does at its own end what there is to do."""
+
+    def cancel(self) -> None:
+        """Read no further. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def gone(self) -> None:
+        """Until the task is over; at once for the task itself."""
+        if self._task is not None and self._task is not asyncio.current_task():
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _pull(self, receive: Receive, ended: Ended) -> None:
+        try:
+            async for batch in self._chunks:
+                receive(batch)
+                while self._paused:
+                    self._resumed = asyncio.get_running_loop().create_future()
+                    await self._resumed
+        except Exception as error:
+            ended(error)
+        else:
+            ended(None)
 
 
 class Tapped:
